@@ -1,0 +1,177 @@
+import { AmbientError } from './errors.ts'
+
+/** How a transaction begins. An absent member means the server's default. */
+export interface TransactionSettings {
+  readonly isolationLevel?: 'read uncommitted' | 'read committed' | 'repeatable read' | 'serializable'
+  /** `true` begins a read-only transaction, `false` a read-write one. */
+  readonly readOnly?: boolean
+  /** PostgreSQL: with serializable and read-only, wait for a snapshot that can never fail. */
+  readonly deferrable?: boolean
+}
+
+/** How transactions begin, or `'autocommit'` for none: each statement on its own; `atomic` still opens one. */
+export type TransactionOptions = TransactionSettings | 'autocommit'
+
+/** What an engine can do, as data. An adapter for an unknown dialect declares the conservative value of each. */
+export interface Capabilities {
+  /** Savepoints work, so blocks can nest. */
+  readonly savepoints: boolean
+  /** The handle can stream rows or open cursors. */
+  readonly streaming: boolean
+  /** A running statement can be cancelled on the server ({@link Adapter.cancel}). */
+  readonly cancelling: boolean
+  /** A failed statement aborts the whole transaction (PostgreSQL), so nothing but a rollback can follow. */
+  readonly failedStatementAborts: boolean
+  /** The driver can tell the state of the transaction ({@link Adapter.transactionStatus}). */
+  readonly transactionStatus: boolean
+  /** BEGIN may travel together with the first statement ({@link Adapter.mayPipelineBegin}). */
+  readonly pipelining: boolean
+  /** The loss of a checked-out connection is noticed while it is idle (an error listener is attached). */
+  readonly lossDetection: boolean
+  /** The engine has one connection, hence one transaction at a time: sessions wait for each other in JavaScript. */
+  readonly singleConnection: boolean
+}
+
+/** What an error of the driver means. */
+export interface ErrorTraits {
+  /**
+   * `'answered'`: the server said this. `'unsent'`: the statement never left (bad arguments). `'unanswered'`: anything else (a cut
+   * socket, a client-side timeout), so what the server did is not known.
+   */
+  readonly reply: 'answered' | 'unsent' | 'unanswered'
+  /** A serialization failure or deadlock: running the whole transaction again may succeed. */
+  readonly retryable: boolean
+  /** The engine was locked by somebody else and the same call may succeed in a moment (SQLite BUSY). */
+  readonly busy?: boolean
+}
+
+/**
+ * How one library's connections, transactions and handle work. An adapter is naive: it does what it is told, once, on the
+ * connection it is given; the order of calls, waiting, fences and clean-up belong to the session.
+ * Each call is made outside any async context unless said otherwise. `ambient-db/conformance` holds the suite to pass.
+ */
+export interface Adapter<Handle, Engine, Connection> {
+  /** What `engine` can do. Called once per engine. */
+  capabilities(engine: Engine): Capabilities
+
+  /** Makes the engine (pool) for a host; called at first use, once per host. Must not connect if the library is lazy. */
+  createEngine(host: string | undefined): Engine | Promise<Engine>
+
+  /** Closes the engine; called once, after every connection was released. */
+  closeEngine(engine: Engine): Promise<void>
+
+  /**
+   * Takes a connection from the engine. The returned connection has an error listener that calls `onLost`, so that a cut
+   * socket is never an uncaught exception. Waiting is bounded by the session, which releases a connection that comes too late.
+   */
+  acquire(engine: Engine, onLost: (error: Error) => void): Promise<Connection>
+
+  /** Gives the connection back; with `broken`, destroys it instead (single-connection engines keep it). */
+  release(engine: Engine, connection: Connection, broken?: Error): void | Promise<void>
+
+  /** Sends BEGIN with all its settings, and resolves when the server answered it. */
+  begin(connection: Connection, settings: TransactionSettings): Promise<void>
+
+  /**
+   * Sends COMMIT. Resolves with `'committed'` only if the server said so, with `'rolled-back'` where it answered that the
+   * transaction was rolled back instead; rejects with the driver's error otherwise.
+   */
+  commit(connection: Connection): Promise<'committed' | 'rolled-back'>
+
+  /** Sends ROLLBACK, and resolves when the server answered it. Without a transaction it does no harm. */
+  rollback(connection: Connection): Promise<void>
+
+  /** Sends SAVEPOINT. `name` is a plain identifier, unique in the transaction. */
+  savepoint(connection: Connection, name: string): Promise<void>
+
+  /** Sends ROLLBACK TO SAVEPOINT. */
+  rollbackTo(connection: Connection, name: string): Promise<void>
+
+  /** Sends RELEASE SAVEPOINT. */
+  releaseSavepoint(connection: Connection, name: string): Promise<void>
+
+  /**
+   * What the driver knows of the transaction after an answer: `'none'` means that the user's SQL or the engine ended it.
+   * Absent, or `undefined` as the answer, where the driver cannot tell.
+   */
+  transactionStatus?(connection: Connection): 'open' | 'aborted' | 'none' | undefined
+
+  /** Whether BEGIN without settings may be sent without waiting for its answer. Default is no. */
+  mayPipelineBegin?(connection: Connection): boolean
+
+  /** Asks the server to cancel the statement that runs on `connection`, over another connection. Must not wait for the statement. */
+  cancel?(engine: Engine, connection: Connection): Promise<void>
+
+  /** Reads an error of the driver. */
+  traits(error: unknown): ErrorTraits
+
+  /**
+   * Makes the native handle over `statements`. Called once at definition for the ambient handle, and once for each session
+   * that is asked for its own: it must connect to nothing.
+   */
+  createHandle(statements: Statements<Connection>): Handle
+}
+
+/**
+ * The way from a handle to the session: where its statements go. For the ambient handle each call finds the session of the
+ * async context; for a session's handle it is always that session.
+ */
+export interface Statements<Connection> {
+  /** The host in force, for libraries that compile queries before any session exists. */
+  host(): string | undefined
+
+  /**
+   * Runs `statement` when its turn has come, with BEGIN and savepoints before it where they are due. It counts as issued from
+   * this call on, and is called in the caller's async context. Rejects unsent where the session refuses.
+   */
+  run<Result>(statement: (connection: Connection) => Promise<Result>, block?: NativeBlock): Promise<Result>
+
+  /**
+   * Like {@link Statements.run} for a cursor or stream: resolves with the connection when the turn has come, and occupies the
+   * session until `close` is called. `destroy` is called if the session must end it.
+   */
+  openStream(destroy: (error: Error) => void, block?: NativeBlock): Promise<OpenStream<Connection>>
+
+  /** A block for a transaction that the library's own code begins and ends; transparent until `begin`. */
+  createBlock(): NativeBlock
+}
+
+/** A stream that occupies its session. */
+export interface OpenStream<Connection> {
+  readonly connection: Connection
+  /** Frees the session for the next statement; harmless when called again. `error` is what the stream failed with. */
+  close(error?: unknown): void
+}
+
+/**
+ * A native transaction inside a session: a savepoint of it. Statements belong to it when they run inside {@link NativeBlock.enter}
+ * or name it; begun from outside of `enter` it cannot be told from others' work, so while it is open those are refused.
+ */
+export interface NativeBlock {
+  /** Runs `work` in the async scope of the block. */
+  enter<Result>(work: () => Result): Result
+  /** Waits for its turn and owns the session from then on. Settings must agree with a transaction that is open. */
+  begin(settings?: TransactionSettings): Promise<void>
+  /** Joins what runs in it, then keeps its work as part of the session's transaction. */
+  commit(): Promise<void>
+  /** Undoes its work; the outer work stays. Harmless after the end. */
+  rollback(): Promise<void>
+  /** A named savepoint inside the block. */
+  savepoint(name: string): Promise<void>
+  /** Back to a named savepoint, which stays. */
+  rollbackTo(name: string): Promise<void>
+  /** Forgets a named savepoint, keeping its work. */
+  releaseSavepoint(name: string): Promise<void>
+}
+
+/**
+ * Calls a user's engine factory with the host, for {@link Adapter.createEngine}.
+ *
+ * @throws `AMBIENT_HOST_MISSING` if the factory takes a host and none is configured.
+ */
+export function callFactory<Result>(factory: (host: string) => Result, host: string | undefined): Result {
+  if (host === undefined && factory.length > 0) {
+    throw new AmbientError('AMBIENT_HOST_MISSING', 'No host is configured.')
+  }
+  return factory(host as string)
+}

@@ -1,0 +1,316 @@
+import { EventEmitter } from 'node:events'
+import { connect as connectSocket } from 'node:net'
+import { Client, Pool, type PoolClient, types } from 'pg'
+import { type Adapter, callFactory, type ErrorTraits, type NativeBlock, type Statements } from '../adapter.ts'
+import { bindCallback, bindEmitter } from '../context.ts'
+import { AmbientError } from '../errors.ts'
+import { parseTransactionControl, type TransactionControl, transactionModes } from '../sql.ts'
+
+/**
+ * The adapter for `pg`. The handle is a `pg.Pool` of which every query runs in the session, so whatever is built on a pool can
+ * be built on it; a client from its `connect()` shares the session too, and its BEGIN … COMMIT is a savepoint. Cursors and
+ * `pg-query-stream` work, but not on a pool with `pipeline: true`, which lets BEGIN travel with the first statement.
+ *
+ * @param factory makes the pool at first use; gets the host if one is configured.
+ * @example
+ * ```ts
+ * import { defineDatabase, newContext } from 'ambient-db'
+ * import { pgAdapter } from 'ambient-db/pg'
+ * import { Pool } from 'pg'
+ *
+ * const main = defineDatabase({
+ *   name: 'main',
+ *   adapter: pgAdapter(() => new Pool({ connectionString: process.env.DATABASE_URL })),
+ * })
+ * await newContext(() => main.db.query('insert into visits (path) values ($1)', ['/']))
+ * ```
+ */
+export function pgAdapter<Engine extends Pool>(
+  factory: (host: string) => Engine | Promise<Engine>,
+): Adapter<Pool, Engine, PoolClient> {
+  let latest: Engine | undefined
+  let ambient: AmbientPool | undefined
+  const lossListeners = new WeakMap<PoolClient, (error: Error) => void>()
+  const send = async (client: PoolClient, text: string) => {
+    await client.query(text)
+  }
+  return {
+    capabilities: (pool) => ({
+      savepoints: true,
+      streaming: pool.options.pipeline !== true,
+      cancelling: true,
+      failedStatementAborts: true,
+      transactionStatus: true,
+      pipelining: pool.options.pipeline === true,
+      lossDetection: true,
+      singleConnection: false,
+    }),
+    async createEngine(host) {
+      const pool = await callFactory(factory, host)
+      latest = pool
+      ambient?.forward(pool)
+      return pool
+    },
+    closeEngine: (pool) => pool.end(),
+    async acquire(pool, onLost) {
+      const client = await pool.connect()
+      client.on('error', onLost)
+      lossListeners.set(client, onLost)
+      return client
+    },
+    release(_pool, client, broken) {
+      client.release(broken)
+      const onLost = lossListeners.get(client)
+      if (onLost) client.off('error', onLost)
+    },
+    begin: (client, settings) => send(client, `BEGIN${transactionModes(settings)}`),
+    async commit(client) {
+      const { command } = await client.query('COMMIT')
+      return command === 'COMMIT' ? 'committed' : 'rolled-back'
+    },
+    rollback: (client) => send(client, 'ROLLBACK'),
+    savepoint: (client, name) => send(client, `SAVEPOINT ${name}`),
+    rollbackTo: (client, name) => send(client, `ROLLBACK TO SAVEPOINT ${name}`),
+    releaseSavepoint: (client, name) => send(client, `RELEASE SAVEPOINT ${name}`),
+    transactionStatus(client) {
+      const status = client.getTransactionStatus()
+      return status === 'T' ? 'open' : status === 'E' ? 'aborted' : status === 'I' ? 'none' : undefined
+    },
+    mayPipelineBegin: (client) => client.pipeline === true,
+    cancel: (_pool, client) => requestCancel(client),
+    traits: postgresErrorTraits,
+    createHandle(statements) {
+      const pool = new AmbientPool(statements, () => latest)
+      ambient ??= pool
+      return pool
+    },
+  }
+}
+
+/** Reads an error of a PostgreSQL server; anything without severity and SQLSTATE is none. */
+export function postgresErrorTraits(error: unknown): ErrorTraits {
+  const { severity, code } = (error ?? {}) as { severity?: unknown; code?: unknown }
+  if (typeof severity !== 'string' || typeof code !== 'string' || !/^[0-9A-Z]{5}$/.test(code)) {
+    const unsent = error instanceof TypeError || error instanceof RangeError
+    return { reply: unsent ? 'unsent' : 'unanswered', retryable: false }
+  }
+  // 40003: completion unknown. 08, 57P01-57P03: the connection is going away, perhaps after the work was done.
+  const doubtful = code === '40003' || /^(?:08|57P0[1-3])/.test(code) || severity === 'FATAL' || severity === 'PANIC'
+  return { reply: doubtful ? 'unanswered' : 'answered', retryable: code === '40001' || code === '40P01' }
+}
+
+/** The protocol's cancel request: a connection of its own, which the server closes once the signal was sent. */
+function requestCancel(client: PoolClient): Promise<void> {
+  const { processID, secretKey } = client as PoolClient & { processID: number; secretKey: number } // not in the types of pg
+  const packet = Buffer.alloc(16)
+  packet.writeInt32BE(16, 0)
+  packet.writeInt32BE(80877102, 4)
+  packet.writeInt32BE(processID, 8)
+  packet.writeInt32BE(secretKey, 12)
+  const { host, port } = client
+  const socket = host.startsWith('/') ? connectSocket(`${host}/.s.PGSQL.${port}`) : connectSocket(port, host)
+  return new Promise((resolve, reject) => {
+    socket.once('error', reject)
+    socket.once('close', () => resolve())
+    socket.end(packet)
+    socket.resume()
+  })
+}
+
+/** What pg's own classes for queries, cursors and streams have in common. */
+interface Submittable extends EventEmitter {
+  submit(connection: unknown): void
+  handleError(error: Error, connection?: unknown): void
+  read?(rows: number, callback?: (...result: unknown[]) => void): unknown
+  close?(callback?: (error?: Error) => void): unknown
+  pipe?: unknown
+  destroyed?: boolean
+  destroy?(error: Error): unknown
+}
+
+type QueryCallback = (error: Error | undefined, result?: unknown) => void
+
+/** Runs whatever `pg` accepts as a query in the session; `block` is the transaction of a leased client. */
+function query(statements: Statements<PoolClient>, args: unknown[], block?: NativeBlock, client?: AmbientClient): unknown {
+  const [config, values, callback] = args
+  if (isSubmittable(config)) return submit(statements, config, block)
+  const done = [values, callback].find((each) => typeof each === 'function') as QueryCallback | undefined
+  const text = typeof config === 'string' ? config : (config as { text?: unknown } | undefined)?.text
+  const control = typeof text === 'string' ? parseTransactionControl(text) : undefined
+  const plain = typeof values === 'function' ? undefined : values
+  const answer = control
+    ? (client?.control(control) ?? refuseControl())
+    : statements.run((connection) => {
+        client?.listenTo(connection)
+        return connection.query(config as string, plain as unknown[]) // whatever pg accepts, it gets
+      }, block)
+  if (!done) return answer
+  answer.then(
+    (result) => process.nextTick(done, undefined, result),
+    (error) => process.nextTick(done, error),
+  )
+  return undefined
+}
+
+function refuseControl(): Promise<never> {
+  const what = 'SQL that begins or ends a transaction was refused unsent.'
+  return Promise.reject(new AmbientError('AMBIENT_TRANSACTION_CONTROL', what))
+}
+
+function isSubmittable(config: unknown): config is Submittable {
+  return typeof (config as { submit?: unknown } | null)?.submit === 'function'
+}
+
+/** A cursor, stream or `pg.Query`: returned at once, submitted in its turn, over when the client is ready for more. */
+function submit(statements: Statements<PoolClient>, subject: Submittable, block?: NativeBlock): Submittable {
+  let closed = false
+  let failure: Error | undefined
+  bindEmitter(subject)
+  const { handleError, read, close } = subject
+  subject.handleError = (error, connection) => {
+    failure ??= error
+    handleError.call(subject, error, connection)
+  }
+  if (close && read && !subject.pipe) {
+    subject.read = (rows, callback) => read.call(subject, rows, callback && bindCallback(callback))
+    subject.close = (callback) => {
+      closed = true
+      return close.call(subject, callback && bindCallback(callback))
+    }
+  }
+  const destroy = (error: Error) => {
+    if (subject.destroy) subject.destroy(error)
+    else subject.close?.(() => {})
+  }
+  const open = async () => {
+    const stream = await statements.openStream(destroy, block)
+    const free = () => {
+      stream.connection.off('drain', free).off('end', free)
+      stream.close(failure)
+    }
+    if (closed || subject.destroyed) return stream.close()
+    stream.connection.query(subject as never) // it has all that pg looks for
+    stream.connection.once('drain', free).once('end', free)
+  }
+  open().catch((error) => subject.handleError(error))
+  return subject
+}
+
+type LeaseCallback = (
+  error: Error | undefined,
+  client: PoolClient | undefined,
+  done: (release?: unknown) => void,
+) => void
+
+const poolEvents = ['connect', 'acquire', 'remove', 'release', 'error'] as const
+
+/** A `pg.Pool` that opens nothing of its own. */
+class AmbientPool extends Pool {
+  readonly #statements: Statements<PoolClient>
+  readonly #engine: () => Pool | undefined
+
+  constructor(statements: Statements<PoolClient>, engine: () => Pool | undefined) {
+    super()
+    this.#statements = statements
+    this.#engine = engine
+    for (const key of ['options', 'totalCount', 'idleCount', 'waitingCount', 'expiredCount'] as const) {
+      const own = key === 'options' ? this.options : 0
+      Object.defineProperty(this, key, { get: () => this.#engine()?.[key] ?? own })
+    }
+  }
+
+  /** Events of the real pool are events of this one; an idle client that breaks is no uncaught exception. */
+  forward(pool: Pool): void {
+    for (const event of poolEvents) {
+      pool.on(event, (...args: unknown[]) => {
+        if (event !== 'error' || this.listenerCount('error') > 0) this.emit(event, ...args)
+      })
+    }
+  }
+
+  override query(...args: unknown[]): never {
+    return query(this.#statements, args) as never // the overloads of pg.Pool stand for it
+  }
+
+  override connect(): Promise<PoolClient>
+  override connect(callback: LeaseCallback): undefined
+  override connect(callback?: LeaseCallback): Promise<PoolClient> | undefined {
+    const lease = async () => new AmbientClient(this.#statements) as unknown as PoolClient // it has the members of one that sessions allow
+    if (!callback) return lease()
+    lease().then(
+      (client) => process.nextTick(callback, undefined, client, client.release),
+      (error) => process.nextTick(callback, error, undefined, () => {}),
+    )
+    return undefined
+  }
+
+  override async end(): Promise<void> {
+    throw new AmbientError('AMBIENT_UNSUPPORTED', 'The ambient pool cannot be ended; `shutdown()` closes the real one.')
+  }
+}
+
+/** A client of the session: it holds no connection of its own, and its transactions are savepoints. */
+class AmbientClient extends EventEmitter {
+  readonly #statements: Statements<PoolClient>
+  readonly #block: NativeBlock
+  #open = false
+  readonly escapeIdentifier = Client.prototype.escapeIdentifier
+  readonly escapeLiteral = Client.prototype.escapeLiteral
+  readonly getTypeParser = types.getTypeParser
+  readonly setTypeParser = types.setTypeParser
+
+  constructor(statements: Statements<PoolClient>) {
+    super()
+    this.#statements = statements
+    this.#block = statements.createBlock()
+    bindEmitter(this)
+  }
+
+  query(...args: unknown[]): unknown {
+    return query(this.#statements, args, this.#block, this)
+  }
+
+  /** What transaction control does on a leased client. */
+  async control(control: TransactionControl): Promise<unknown> {
+    const block = this.#block
+    if (control.kind === 'other') return refuseControl()
+    if (control.kind === 'begin') {
+      await block.begin(control.settings)
+      this.#open = true
+    } else if (control.kind === 'commit' || control.kind === 'rollback') {
+      if (!this.#open) return refuseControl()
+      this.#open = false
+      await (control.kind === 'commit' ? block.commit() : block.rollback())
+    } else if (control.kind === 'savepoint') {
+      await block.savepoint(control.name)
+    } else if (control.kind === 'release') {
+      await block.releaseSavepoint(control.name)
+    } else {
+      await block.rollbackTo(control.name)
+    }
+    return { command: control.kind.toUpperCase(), rowCount: null, oid: null, fields: [], rows: [] }
+  }
+
+  /** Notices of the connection are events of the client whose statement they belong to. */
+  listenTo(connection: PoolClient): void {
+    if (this.listenerCount('notice') === 0) return
+    const notice = (message: unknown) => this.emit('notice', message)
+    connection.on('notice', notice)
+    connection.once('drain', () => connection.off('notice', notice))
+  }
+
+  /** Ends the lease; a transaction that is still open on it is rolled back. */
+  release = (): void => {
+    if (!this.#open) return
+    this.#open = false
+    void this.#block.rollback()
+  }
+
+  getTransactionStatus(): 'T' | 'I' {
+    return this.#open ? 'T' : 'I'
+  }
+
+  async end(): Promise<void> {
+    throw new AmbientError('AMBIENT_UNSUPPORTED', 'A client of the session cannot be ended; `release()` gives it back.')
+  }
+}

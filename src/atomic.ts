@@ -1,0 +1,207 @@
+import { Abortion, type AbortOptions } from './abortion.ts'
+import type { TransactionSettings } from './adapter.ts'
+import { currentScope, runInScope, type Scope, type ScopeBlock } from './context.ts'
+import { AmbientError } from './errors.ts'
+import { Lane, type Occupant } from './lane.ts'
+import type { Session } from './session.ts'
+import { bounded, sleep } from './time.ts'
+import type { Level } from './transaction.ts'
+
+/** What an atomic block does about a transaction that is already open. */
+export type CurrentTransaction = 'commit' | 'rollback' | 'append' | 'raise' | 'savepoint' | 'join'
+
+/** Options of an atomic block. */
+export interface AtomicOptions extends TransactionSettings, AbortOptions {
+  /**
+   * What happens to a transaction that is already open: `'commit'` it and start a new one, `'rollback'` it and start a new
+   * one, `'append'` goes on in it and commits it at the end, `'raise'` throws `AMBIENT_TRANSACTION_OPEN`, `'savepoint'` nests
+   * in it, `'join'` takes part and leaves its end to the outside.
+   * Default is `'commit'`, inside another block `'savepoint'`.
+   */
+  readonly current?: CurrentTransaction | undefined
+  /**
+   * Runs the whole block again after a serialization failure or deadlock, `attempts` times in all, with growing random
+   * pauses. Only where the block owns the whole transaction, never after an unknown outcome. Default is one attempt.
+   */
+  readonly retry?: { readonly attempts: number } | undefined
+}
+
+/** A stretch of code that owns its session while it runs: an atomic or native block, a retry attempt, a hook (A3, A6). */
+export class Block<Connection> implements ScopeBlock, Occupant {
+  readonly session: Session<Connection>
+  readonly label: string
+  readonly place: string | undefined
+  readonly owns = true
+  readonly hook: boolean
+  readonly inner: Lane
+  readonly scope: Scope
+  /** Where its statements run; named savepoints of a native block move it. */
+  level: Level
+  exclusive?: 'transaction'
+  promise?: Promise<unknown>
+  /** A native block takes part from its BEGIN on. */
+  begun = true
+  live = true
+
+  constructor(session: Session<Connection>, label: string, level: Level, surrounding: Scope | undefined, hook = false) {
+    this.session = session
+    this.label = label
+    this.place = session.place()
+    this.level = level
+    this.hook = hook
+    this.inner = new Lane(session)
+    this.scope = { parent: surrounding, context: surrounding?.context, block: this }
+  }
+
+  /** Awaits what is under way in it; the first failure is thrown. */
+  async join(): Promise<void> {
+    this.session.endStreamIn(this.inner)
+    const timeout = this.session.settleTimeout
+    await bounded(this.inner.quiet(), timeout, () => {
+      const what = `Work was still under way ${timeout} ms after ${this.label} had ended.`
+      return new AmbientError('AMBIENT_SETTLE_TIMEOUT', what, { database: this.session.name })
+    })
+  }
+
+  /** Lets nothing in any more and awaits (or cancels) what is at the database. */
+  async end(cancel = false): Promise<void> {
+    this.live = false
+    this.session.endStreamIn(this.inner)
+    this.inner.close(() => this.session.blockEnded(this))
+    await this.session.stop(cancel)
+  }
+
+  /** Runs `work` in the scope of the block, joins and ends it; the level is left to the caller. */
+  async run<Result>(work: () => Result | Promise<Result>, abortion?: Abortion): Promise<Result> {
+    const raced = <Value>(promise: Promise<Value>) => (abortion ? Promise.race([promise, abortion.promise]) : promise)
+    try {
+      const result = await raced((async () => runInScope(this.scope, work))())
+      await raced(this.join())
+      return result
+    } finally {
+      await this.end(abortion?.error !== undefined)
+    }
+  }
+}
+
+/** Runs `work` in a transaction of its own: durable when it returns, undone when it throws (A1, A2, A5, A7). */
+export function atomic<Connection, Result>(
+  session: Session<Connection>,
+  work: () => Result | Promise<Result>,
+  options: AtomicOptions = {},
+): Promise<Result> {
+  const label = `atomic block${work.name === '' ? '' : ` '${work.name}'`}`
+  const owner: Owner = { label, place: session.place(), owns: true }
+  return session.lane.track(owner, runAtomic(session, owner, work, options))
+}
+
+/** The turn of an atomic block; each attempt brings a lane of its own. */
+interface Owner extends Occupant {
+  inner?: Lane
+}
+
+async function runAtomic<Connection, Result>(
+  session: Session<Connection>,
+  owner: Owner,
+  work: () => Result | Promise<Result>,
+  options: AtomicOptions,
+): Promise<Result> {
+  const { current, retry, signal, timeout, ...settings } = options
+  const { label } = owner
+  const enclosing = session.enclosingBlock()
+  const mode = current ?? (enclosing ? 'savepoint' : 'commit')
+  if (enclosing?.live && mode !== 'savepoint' && mode !== 'join') throw nestingError(session, mode)
+  const abortion = signal || timeout !== undefined ? new Abortion({ signal, timeout }) : undefined
+  const attempt = async (level: Level): Promise<Result> => {
+    if (abortion?.error) throw abortion.error
+    session.assertAccepts()
+    const block = new Block(session, label, level, currentScope())
+    owner.inner = block.inner
+    return block.run(work, abortion)
+  }
+
+  const turn = async (): Promise<Result> => {
+    const transaction = session.transaction
+    const outer = enclosing?.level ?? transaction.root
+    const open = enclosing !== undefined || transaction.opened
+    if (open && mode === 'raise') throw transactionOpen(session, label)
+    if (open && mode === 'commit') await session.commitNow()
+    if (open && mode === 'rollback') await session.rollbackNow()
+    if (mode === 'join' || (open && mode === 'savepoint')) return nested(session, mode, outer, settings, attempt)
+    if (open && mode === 'append') transaction.agree(settings)
+    return owning(session, settings, open && mode === 'append' ? 1 : (retry?.attempts ?? 1), attempt)
+  }
+
+  try {
+    const lane = enclosing?.inner ?? session.lane
+    return await session.inTurn(lane, owner, turn)
+  } finally {
+    abortion?.stop()
+  }
+}
+
+/** The block shares the transaction that surrounds it, as a savepoint or as a part of it. */
+async function nested<Connection, Result>(
+  session: Session<Connection>,
+  mode: 'savepoint' | 'join',
+  outer: Level,
+  settings: TransactionSettings,
+  attempt: (level: Level) => Promise<Result>,
+): Promise<Result> {
+  const { transaction } = session
+  const enclosed = transaction.claimed || outer !== transaction.root
+  transaction.agree(settings)
+  transaction.assertUsable(outer)
+  if (mode === 'join') {
+    transaction.autocommit = false
+    try {
+      return await attempt(outer)
+    } catch (error) {
+      if (transaction.opened || enclosed) transaction.doom(outer, error)
+      throw error
+    }
+  }
+  return session.withSavepoint(outer, attempt)
+}
+
+/** The block owns the transaction from BEGIN to COMMIT, once for each attempt. */
+async function owning<Connection, Result>(
+  session: Session<Connection>,
+  settings: TransactionSettings,
+  attempts: number,
+  attempt: (level: Level) => Promise<Result>,
+): Promise<Result> {
+  for (let count = 1; ; count++) {
+    const transaction = session.transaction
+    if (!transaction.opened) {
+      transaction.agree(settings)
+      transaction.claimed = true
+      transaction.autocommit = false
+    }
+    let unsettled = true
+    try {
+      const result = await attempt(transaction.root)
+      unsettled = false
+      await session.commitNow()
+      return result
+    } catch (error) {
+      const again = count < attempts && session.isRetryable(error)
+      if (unsettled || session.transaction === transaction) await session.rollbackNow(error, again)
+      if (!again) throw error
+    }
+    await sleep(Math.random() * Math.min(1000, 10 * 2 ** count)) // full jitter
+  }
+}
+
+function nestingError<Connection>(session: Session<Connection>, mode: CurrentTransaction): AmbientError {
+  if (mode === 'raise') return transactionOpen(session, 'an atomic block')
+  return new AmbientError('AMBIENT_ATOMIC_NESTING', `\`current: '${mode}'\` was asked for inside another block.`, {
+    database: session.name,
+  })
+}
+
+function transactionOpen<Connection>(session: Session<Connection>, what: string): AmbientError {
+  return new AmbientError('AMBIENT_TRANSACTION_OPEN', `A transaction is open already, and ${what} wants its own.`, {
+    database: session.name,
+  })
+}

@@ -1,0 +1,407 @@
+import { AsyncLocalStorage } from 'node:async_hooks'
+import type { EventEmitter } from 'node:events'
+import { Abortion, type AbortOptions } from './abortion.ts'
+import type { TransactionOptions } from './adapter.ts'
+import { AmbientError, attachCleanupError } from './errors.ts'
+import { contextChannel } from './events.ts'
+import { type AfterHook, byRegistration } from './hooks.ts'
+import { commitAll, type Participant, rollbackAll, type Unit } from './settle.ts'
+
+/** Grows when copies of the package can no longer share contexts. */
+const protocol = 1
+
+/**
+ * Where code runs: the innermost block and context, and through `parent` all that surround them. Immutable; a new one for
+ * every context, block and session beside the context.
+ */
+export interface Scope {
+  readonly parent: Scope | undefined
+  readonly context: Context | undefined
+  /** The block that this scope was made for. */
+  readonly block?: ScopeBlock
+  /** The session beside the context that this scope was made for. */
+  readonly session?: Participant
+  /** The database whose `beforeSession` runs here. */
+  readonly preparing?: object
+}
+
+/** What the chain of scopes needs to know of a block. */
+export interface ScopeBlock {
+  readonly session: Participant
+  /** It takes statements: begun and not ended. */
+  readonly live: boolean
+  readonly hook: boolean
+}
+
+interface Shared {
+  readonly protocol: number
+  readonly storage: AsyncLocalStorage<Scope | undefined>
+}
+
+const storage = shareStorage()
+
+/** One storage per process, whatever the number of copies of the package (C7). */
+function shareStorage(): AsyncLocalStorage<Scope | undefined> {
+  const key = Symbol.for('ambient-db')
+  const global = globalThis as { [key]?: Shared }
+  global[key] ??= { protocol, storage: new AsyncLocalStorage() }
+  const shared = global[key]
+  if (shared.protocol === protocol) return shared.storage
+  throw new AmbientError(
+    'AMBIENT_PROTOCOL_MISMATCH',
+    `Two copies of ambient-db are loaded; one speaks protocol ${shared.protocol}, the other ${protocol}.`,
+  )
+}
+
+/** The scope of the running code. */
+export function currentScope(): Scope | undefined {
+  return storage.getStore()
+}
+
+/** Runs `work` in `scope`. */
+export function runInScope<Result>(scope: Scope | undefined, work: () => Result): Result {
+  return storage.run(scope, work)
+}
+
+/** Lets every event of `emitter` run in the current scope, in whichever scope it is emitted (S12, H6). */
+export function bindEmitter<Emitter extends EventEmitter>(emitter: Emitter, scope = currentScope()): Emitter {
+  const emit = emitter.emit
+  emitter.emit = function (this: Emitter, ...args) {
+    return storage.run(scope, () => emit.apply(this, args))
+  }
+  return emitter
+}
+
+/** Makes a callback that runs in the current scope, whoever calls it. */
+export function bindCallback<Args extends unknown[], Result>(
+  callback: (...args: Args) => Result,
+): (...args: Args) => Result {
+  const scope = currentScope()
+  return (...args) => storage.run(scope, () => callback(...args))
+}
+
+/** Options of a context. */
+export interface ContextOptions extends AbortOptions {
+  /** How transactions of this context begin. Default is what each database says. */
+  readonly transaction?: TransactionOptions | undefined
+  /** `'join'` (the default) awaits work that nobody awaited; `'error'` makes it an error by itself. */
+  readonly unawaited?: 'join' | 'error' | undefined
+}
+
+/** What only the package's own middlewares and testing tools may say. */
+export interface InternalContextOptions extends ContextOptions {
+  readonly settleTimeout?: number | undefined
+  /** Opened by the testing tools: middlewares use it instead of opening their own (C3). */
+  readonly adoptable?: boolean
+  /** What a stream that is open at the end does. */
+  readonly streams?: Unit['streams']
+}
+
+/** `'open'` until it is settled; `'failed'` when it could not commit what it should have. */
+export type ContextState = 'open' | 'settling' | 'committed' | 'rolled-back' | 'failed'
+
+/** A context in the hand: what a middleware for any framework is built from. */
+export interface AmbientContext {
+  readonly state: ContextState
+  /** Aborts when the context is aborted (its `signal`, its `timeout`). */
+  readonly signal: AbortSignal
+  /** Runs `work` inside the context; may be called several times. Does not settle. */
+  run<Result>(work: () => Result): Result
+  /** Lets every event of `emitter` run inside the context, and returns it. */
+  bind<Emitter extends EventEmitter>(emitter: Emitter): Emitter
+  /**
+   * Ends the context: joins work under way, then commits or rolls back every session and closes it. The first call decides;
+   * further calls return its promise. A commit rejects if anything did not commit; a rollback always resolves.
+   *
+   * @param reason what the rollback is for: an error of clean-up is attached to it.
+   * @throws the driver's error, or `AMBIENT_TRANSACTION_ABORTED`, `AMBIENT_COMMIT_UNKNOWN`, `AMBIENT_PARTIAL_COMMIT`,
+   *   `AMBIENT_STREAM_OPEN`, `AMBIENT_UNAWAITED_WORK`, `AMBIENT_SETTLE_TIMEOUT`, `AMBIENT_ABORTED`, `AMBIENT_TIMEOUT`.
+   */
+  settle(outcome: 'commit' | 'rollback', reason?: unknown): Promise<void>
+}
+
+let contexts = 0
+
+/** What one request, job or test owns: at most one session per database (C1). It ends once. */
+export class Context implements AmbientContext, Unit {
+  readonly id = ++contexts
+  readonly options: InternalContextOptions
+  readonly scope: Scope
+  readonly #sessions = new Map<object, Participant>()
+  readonly #openedAt = contextChannel.hasSubscribers ? performance.now() : 0
+  #state: ContextState = 'open'
+  #fenced = false
+  #settlement: Promise<void> | undefined
+  /** Where it was ended, while tracing. */
+  endedAt: string | undefined
+  #controller: AbortController | undefined
+  #abortion: Abortion | undefined
+  #afterHooks: AfterHook[] = []
+
+  /** `makeScope` gives a session beside the context a scope in which the surrounding context stays the current one. */
+  constructor(options: InternalContextOptions, makeScope?: (context: Context) => Scope) {
+    this.options = options
+    this.scope = makeScope ? makeScope(this) : { parent: liveScope(currentScope()), context: this }
+    if (contextChannel.hasSubscribers) contextChannel.publish({ type: 'opened', contextId: this.id })
+    if (options.signal !== undefined || options.timeout !== undefined) {
+      this.#abortion = new Abortion(options, (error) => this.abort(error))
+    }
+  }
+
+  get state(): ContextState {
+    return this.#state
+  }
+
+  /** No new statement is let in. */
+  get fenced(): boolean {
+    return this.#fenced
+  }
+
+  /** Ended, or ending: only the hooks of its sessions may still open one. */
+  get closedToNewSessions(): boolean {
+    return this.#state !== 'open' && !(this.#state === 'settling' && (!this.#fenced || insideHook()))
+  }
+
+  get streams(): Unit['streams'] {
+    return this.options.streams ?? 'refuse'
+  }
+
+  get unawaited(): 'join' | 'error' {
+    return this.options.unawaited ?? 'join'
+  }
+
+  get settleTimeout(): number | undefined {
+    return this.options.settleTimeout
+  }
+
+  get abortion(): AmbientError | undefined {
+    return this.#abortion?.error
+  }
+
+  /** A signal or deadline watches it. */
+  get abortable(): boolean {
+    return this.#abortion !== undefined
+  }
+
+  get aborted(): Promise<never> {
+    this.#abortion ??= new Abortion({})
+    return this.#abortion.promise
+  }
+
+  get signal(): AbortSignal {
+    this.#controller ??= new AbortController()
+    if (this.abortion) this.#controller.abort(this.abortion)
+    return this.#controller.signal
+  }
+
+  run<Result>(work: () => Result): Result {
+    return storage.run(this.scope, work)
+  }
+
+  bind<Emitter extends EventEmitter>(emitter: Emitter): Emitter {
+    return bindEmitter(emitter, this.scope)
+  }
+
+  /** The session for `key`, made by `open` if there is none (or only a closed one). */
+  session<Session extends Participant>(key: object, open: () => Session): Session {
+    const known = this.#sessions.get(key)
+    if (known) return known as Session // only the database of `key` puts one here
+    const session = open()
+    this.#sessions.set(key, session)
+    return session
+  }
+
+  /** The session for `key`, if there is one. */
+  peek(key: object): Participant | undefined {
+    return this.#sessions.get(key)
+  }
+
+  /** Forgets a session that was closed by hand. */
+  forget(key: object, session: Participant): void {
+    if (this.#sessions.get(key) === session) this.#sessions.delete(key)
+  }
+
+  participants(): Participant[] {
+    return [...this.#sessions.values()].sort((one, other) => one.order - other.order)
+  }
+
+  /** Takes hooks that run after everything has settled. */
+  defer(hooks: AfterHook[]): void {
+    this.#afterHooks.push(...hooks)
+  }
+
+  fence(): void {
+    this.#fenced = true
+    for (const session of this.#sessions.values()) session.fence()
+  }
+
+  settle(outcome: 'commit' | 'rollback', reason?: unknown): Promise<void> {
+    this.#settlement ??= this.#settle(outcome, reason)
+    return this.#settlement
+  }
+
+  /** Ends the context at once if no session has anything to settle; tells whether it did. */
+  settleUntouched(outcome: 'commit' | 'rollback'): boolean {
+    if (this.#settlement) return false
+    for (const session of this.#sessions.values()) if (session.touched) return false
+    this.fence()
+    for (const session of this.#sessions.values()) void session.closeAtEnd()
+    this.#settlement = Promise.resolve()
+    this.#end(outcome === 'commit' ? 'committed' : 'rolled-back')
+    return true
+  }
+
+  /** Ends the context now with `error`, whatever its work is doing; a COMMIT that was sent is awaited (C8). */
+  abort(error: AmbientError): void {
+    if (this.#state !== 'open' && this.#state !== 'settling') return
+    this.#abortion ??= new Abortion({})
+    this.#abortion.abort(error)
+    this.#controller?.abort(error)
+    if (this.#settlement === undefined) void this.settle('rollback', error)
+  }
+
+  async #settle(outcome: 'commit' | 'rollback', reason: unknown): Promise<void> {
+    this.#state = 'settling'
+    this.endedAt = this.participants()[0]?.place()
+    const error = reason ?? new AmbientError('AMBIENT_CONTEXT_ENDED', 'The context was rolled back.')
+    let state: ContextState = 'failed'
+    let failure: unknown
+    try {
+      if (outcome === 'commit') await commitAll(this)
+      else await rollbackAll(this, error)
+      state = outcome === 'commit' ? 'committed' : 'rolled-back'
+    } catch (thrown) {
+      failure = thrown
+    }
+    for (const session of this.participants())
+      await session.closeAtEnd().catch((second) => attachCleanupError(failure ?? error, second))
+    const hooks = this.#end(state, failure ?? (outcome === 'rollback' ? reason : undefined))
+    await runAfterHooks(hooks)
+    if (state === 'failed') throw failure
+  }
+
+  /** Empties the container, so that whatever still points at the context pins nothing (C4). */
+  #end(state: ContextState, error?: unknown): AfterHook[] {
+    this.#abortion?.stop()
+    this.#sessions.clear()
+    this.#state = state
+    const hooks = this.#afterHooks.sort(byRegistration)
+    this.#afterHooks = []
+    if (contextChannel.hasSubscribers) {
+      const type = state === 'committed' || state === 'rolled-back' ? state : 'failed'
+      contextChannel.publish({ type, contextId: this.id, duration: performance.now() - this.#openedAt, error })
+    }
+    return hooks
+  }
+}
+
+/** The nearest scope that still matters: chains of finished contexts must not keep each other alive. */
+function liveScope(scope: Scope | undefined): Scope | undefined {
+  let nearest = scope
+  while (nearest && isOver(nearest)) nearest = nearest.parent
+  return nearest
+}
+
+function isOver({ block, session, context, preparing }: Scope): boolean {
+  if (preparing) return false
+  if (block) return block.session.closed
+  if (session) return session.closed
+  return context === undefined || (context.state !== 'open' && context.state !== 'settling')
+}
+
+/** The scopes from the running code outward. */
+export function* enclosingScopes(scope = currentScope()): Generator<Scope> {
+  for (let each = scope; each; each = each.parent) yield each
+}
+
+/** Hooks may use sessions when everybody else is refused already. */
+export function insideHook(): boolean {
+  for (let scope = currentScope(); scope; scope = scope.parent) if (scope.block?.hook && scope.block.live) return true
+  return false
+}
+
+/** The context that the running code belongs to, live or ended. */
+export function currentContext(): Context | undefined {
+  return storage.getStore()?.context
+}
+
+/**
+ * Runs `work` in a new context, inside another one or not, with sessions, connections and an outcome of its own: commits all
+ * when it returns, rolls back all when it throws. For jobs, scripts, concurrent queries, and work after the answer.
+ *
+ * @returns what `work` returns, once everything is committed.
+ * @throws what `work` throws, once everything is rolled back; otherwise what {@link AmbientContext.settle} throws.
+ * @example
+ * ```ts
+ * import { newContext } from 'ambient-db'
+ *
+ * declare function importOrders(): Promise<number>
+ * const imported = await newContext(importOrders, { timeout: 60_000 })
+ * ```
+ */
+export async function newContext<Result>(
+  work: () => Result | Promise<Result>,
+  options: ContextOptions = {},
+): Promise<Result> {
+  return runUnit(new Context({ streams: 'destroy', ...options }), work)
+}
+
+/** Runs `work` in `context` and settles it by the result; the one way in which a unit of work with a callback ends. */
+export async function runUnit<Result>(context: Context, work: () => Result | Promise<Result>): Promise<Result> {
+  let result: Result
+  try {
+    const running = (async () => context.run(work))()
+    result = await (context.abortable ? Promise.race([running, context.aborted]) : running)
+  } catch (error) {
+    await context.settle('rollback', error)
+    throw error
+  }
+  await context.settle('commit')
+  return result
+}
+
+/**
+ * Opens a context that somebody else drives: run work in it, then settle it. Every context that is opened must be settled.
+ *
+ * @example
+ * ```ts
+ * import { openContext } from 'ambient-db'
+ *
+ * declare function handle(request: Request): Promise<Response>
+ * async function middleware(request: Request): Promise<Response> {
+ *   const context = openContext()
+ *   try {
+ *     const response = await context.run(() => handle(request))
+ *     await context.settle(response.status < 400 ? 'commit' : 'rollback')
+ *     return response
+ *   } catch (error) {
+ *     await context.settle('rollback', error)
+ *     throw error
+ *   }
+ * }
+ * ```
+ */
+export function openContext(options: ContextOptions = {}): AmbientContext {
+  return new Context(options)
+}
+
+/** Whether the running code belongs to a context that takes work. */
+export function hasContext(): boolean {
+  return currentContext()?.state === 'open'
+}
+
+/** Runs `work` outside any context, for background work that must not use the request's session. */
+export function detach<Result>(work: () => Result): Result {
+  return storage.run(undefined, work)
+}
+
+/** Runs hooks one after the other, each in a context of its own; a failure is reported and changes nothing (K2). */
+export async function runAfterHooks(hooks: AfterHook[]): Promise<void> {
+  for (const hook of hooks) {
+    try {
+      await detach(() => newContext(hook.run))
+    } catch (error) {
+      hook.onError(error)
+    }
+  }
+}

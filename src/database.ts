@@ -1,0 +1,319 @@
+import type { AbortOptions } from './abortion.ts'
+import type { Adapter, NativeBlock, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
+import type { AtomicOptions } from './atomic.ts'
+import { Context, currentScope, enclosingScopes, runInScope, runUnit } from './context.ts'
+import { Engines } from './engine.ts'
+import { AmbientError } from './errors.ts'
+import type { Hook } from './hooks.ts'
+import type { NativeTransaction } from './native.ts'
+import { type AmbientSession, Session } from './session.ts'
+
+/** Hooks of a database: they apply to the transactions of all its sessions. */
+export interface DatabaseHooks<Handle> {
+  /** Inside every transaction, right after BEGIN: `SET LOCAL` for row-level security goes here. A throw rolls back. */
+  readonly afterBegin?: (session: AmbientSession<Handle>) => unknown
+  /** Inside every transaction, before COMMIT and before the hooks of the session. A throw vetoes. */
+  readonly beforeCommit?: (session: AmbientSession<Handle>) => unknown
+  /** After every COMMIT that was answered. */
+  readonly afterCommit?: Hook
+  /** After every rollback of a transaction. */
+  readonly afterRollback?: Hook
+}
+
+/** What {@link defineDatabase} takes. */
+export interface DatabaseOptions<Handle, Engine, Connection> {
+  /** Stands in every error message and event. */
+  readonly name: string
+  /** How its library works: `pgAdapter(…)`, `kyselyAdapter(…)`. */
+  readonly adapter: Adapter<Handle, Engine, Connection>
+  /** Given to the engine factory. Default is none. */
+  readonly host?: string | undefined
+  /** Runs before each session's first connection, outside any context; may call `changeHost`. Concurrent sessions share a run. */
+  readonly beforeSession?: ((database: AmbientDatabase<Handle, Engine>) => unknown) | undefined
+  readonly hooks?: DatabaseHooks<Handle> | undefined
+  /** How transactions begin unless their context or block says otherwise. Default is the server's. */
+  readonly transaction?: TransactionOptions | undefined
+  /** Takes what an `afterCommit` or `afterRollback` hook throws. Default is a process warning. */
+  readonly onHookError?: ((error: unknown) => void) | undefined
+  /** Milliseconds to wait for a connection and for the first answer on it. Default is `30_000`. */
+  readonly acquireTimeout?: number | undefined
+  /** Milliseconds without a statement after which a block's waiters are refused. Default is `10_000`. */
+  readonly blockTimeout?: number | undefined
+  /** Milliseconds for what is under way at the end, and for the answer to COMMIT or ROLLBACK. Default is `30_000`. */
+  readonly settleTimeout?: number | undefined
+  /** Captures stacks, so that errors can say where an earlier act happened. Default is whether `AMBIENT_DB_TRACE=1` is set. */
+  readonly trace?: boolean | undefined
+}
+
+/** Options of {@link AmbientDatabase.newSession}. */
+export interface NewSessionOptions extends AbortOptions {
+  /** Pins one connection for the whole session and destroys it at the end, so that session state (`SET`, locks) can be used. */
+  readonly hold?: boolean | undefined
+  readonly transaction?: TransactionOptions | undefined
+}
+
+/** A database: where to connect and how, and the way to its sessions. All methods are bound, so they can be taken off it. */
+export interface AmbientDatabase<Handle, Engine> {
+  readonly name: string
+  /** The host in force. */
+  readonly host: string | undefined
+  /** The ambient native handle: each statement finds the session of the async context it is issued in. One object for ever. */
+  readonly db: Handle
+  /**
+   * The session of the context. Synchronous and free: no I/O, no hook.
+   *
+   * @throws `AMBIENT_NO_CONTEXT`, `AMBIENT_CONTEXT_ENDED`.
+   */
+  session(): AmbientSession<Handle>
+  /** {@link AmbientSession.begin} of the context's session. */
+  begin(options?: TransactionSettings): Promise<void>
+  /**
+   * Runs `work` in a transaction of its own on the context's session: durable when it returns, undone when it throws.
+   *
+   * @throws what `work` throws; `AMBIENT_TRANSACTION_OPEN`, `AMBIENT_ATOMIC_NESTING`, `AMBIENT_TRANSACTION_OPTIONS`,
+   *   `AMBIENT_SESSION_BUSY`, `AMBIENT_ABORTED`, `AMBIENT_TIMEOUT`, and what `commit` throws.
+   */
+  atomic<Result>(work: () => Result | Promise<Result>, options?: AtomicOptions): Promise<Result>
+  /** {@link AmbientSession.commit} of the context's session. */
+  commit(): Promise<void>
+  /** {@link AmbientSession.rollback} of the context's session. */
+  rollback(): Promise<void>
+  /** {@link AmbientSession.close} of the context's session; the next statement opens a new session. */
+  closeSession(outcome?: 'commit' | 'rollback'): Promise<void>
+  /**
+   * Runs `work` with a session beside the context's, with a connection of its own; needs no context. Commits when it
+   * returns, rolls back when it throws; manual control inside.
+   */
+  newSession<Result>(
+    work: (session: AmbientSession<Handle>) => Result | Promise<Result>,
+    options?: NewSessionOptions,
+  ): Promise<Result>
+  /** {@link AmbientSession.beforeCommit} of the context's session. */
+  beforeCommit(hook: Hook): void
+  /** {@link AmbientSession.afterCommit} of the context's session. */
+  afterCommit(hook: Hook): void
+  /** {@link AmbientSession.afterRollback} of the context's session. */
+  afterRollback(hook: Hook): void
+  /** The native engine, for migrations, health checks, LISTEN: nothing on it is part of a session. */
+  connect(): Promise<Engine>
+  /**
+   * Sends new transactions to `host`; those under way finish on the old one, whose engine is then closed. The same host does
+   * nothing. If the new engine cannot be made, the old one stays and the error is thrown.
+   */
+  changeHost(host: string): Promise<void>
+  /** Refuses new work (`AMBIENT_SHUT_DOWN`), waits at most `settleTimeout` for what is under way, closes the engine. Idempotent. */
+  shutdown(): Promise<void>
+}
+
+/** What sessions see of their database. */
+export interface DatabaseCore<Connection> {
+  readonly name: string
+  readonly order: number
+  readonly host: string | undefined
+  readonly adapter: Adapter<unknown, unknown, Connection>
+  readonly hooks: DatabaseHooks<unknown>
+  readonly acquireTimeout: number
+  readonly blockTimeout: number
+  readonly settleTimeout: number
+  readonly trace: boolean
+  readonly engines: Engines<Connection>
+  /** Sessions that are not closed. */
+  readonly sessions: Set<Session<Connection>>
+  readonly reportHookError: (error: unknown) => void
+  /** Runs `beforeSession`. */
+  prepare(): Promise<void>
+  contextEnded(owner: Context): AmbientError
+}
+
+let databases = 0
+
+/**
+ * Defines a database; nothing is created or connected before its first use.
+ *
+ * @throws `AMBIENT_INVALID_ARGUMENT` for a missing name or adapter, or a timeout that is no positive number.
+ * @example
+ * ```ts
+ * import { defineDatabase } from 'ambient-db'
+ * import { pgAdapter } from 'ambient-db/pg'
+ * import { Pool } from 'pg'
+ *
+ * export const main = defineDatabase({
+ *   name: 'main',
+ *   adapter: pgAdapter(() => new Pool({ connectionString: process.env.DATABASE_URL })),
+ * })
+ * ```
+ */
+export function defineDatabase<Handle, Engine, Connection>(
+  options: DatabaseOptions<Handle, Engine, Connection>,
+): AmbientDatabase<Handle, Engine> {
+  validate(options)
+  return new Database(options)
+}
+
+class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, Engine>, DatabaseCore<Connection> {
+  readonly name: string
+  readonly order = ++databases
+  readonly adapter: Adapter<Handle, Engine, Connection>
+  readonly hooks: DatabaseHooks<unknown>
+  readonly acquireTimeout: number
+  readonly blockTimeout: number
+  readonly settleTimeout: number
+  readonly trace: boolean
+  readonly engines: Engines<Connection>
+  readonly sessions = new Set<Session<Connection>>()
+  readonly db: Handle
+  readonly #options: DatabaseOptions<Handle, Engine, Connection>
+  readonly #transaction: TransactionOptions
+  #preparing: Promise<unknown> | undefined
+
+  constructor(options: DatabaseOptions<Handle, Engine, Connection>) {
+    this.#options = options
+    this.name = options.name
+    this.adapter = options.adapter
+    this.hooks = (options.hooks ?? {}) as DatabaseHooks<unknown> // called with this database's own sessions only
+    this.acquireTimeout = options.acquireTimeout ?? 30_000
+    this.blockTimeout = options.blockTimeout ?? 10_000
+    this.settleTimeout = options.settleTimeout ?? 30_000
+    this.trace = options.trace ?? process.env.AMBIENT_DB_TRACE === '1'
+    this.#transaction = options.transaction ?? {}
+    this.engines = new Engines(options.adapter as Adapter<unknown, unknown, Connection>, this, options.host) // used with its own engines only
+    this.db = options.adapter.createHandle(this.#ambientStatements())
+  }
+
+  get host(): string | undefined {
+    return this.engines.host
+  }
+
+  session = (): AmbientSession<Handle> => this.#session() as AmbientSession<unknown> as AmbientSession<Handle> // its handle comes from this adapter
+
+  begin = (options?: TransactionSettings): Promise<void> => this.#with((session) => session.begin(options))
+
+  commit = (): Promise<void> => this.#with((session) => session.commit())
+
+  rollback = (): Promise<void> => this.#with((session) => session.rollback())
+
+  closeSession = (outcome?: 'commit' | 'rollback'): Promise<void> => this.#with((session) => session.close(outcome))
+
+  atomic = <Result>(work: () => Result | Promise<Result>, options?: AtomicOptions): Promise<Result> =>
+    this.#with((session) => session.atomic(work, options))
+
+  beforeCommit = (hook: Hook): void => this.#session().beforeCommit(hook)
+
+  afterCommit = (hook: Hook): void => this.#session().afterCommit(hook)
+
+  afterRollback = (hook: Hook): void => this.#session().afterRollback(hook)
+
+  newSession = async <Result>(
+    work: (session: AmbientSession<Handle>) => Result | Promise<Result>,
+    options: NewSessionOptions = {},
+  ): Promise<Result> => {
+    const { hold = false, transaction = this.#transaction, ...abort } = options
+    let session: Session<Connection> | undefined
+    const unit = new Context({ streams: 'destroy', ...abort }, (owner) => {
+      session = owner.session(this, () => new Session(this, owner, { transaction, hold }))
+      const parent = currentScope()
+      return { parent, context: parent?.context, session }
+    })
+    return runUnit(unit, () => work(session as AmbientSession<unknown> as AmbientSession<Handle>)) // its handle comes from this adapter
+  }
+
+  connect = async (): Promise<Engine> => (await this.engines.engine()) as Engine // made by this adapter
+
+  changeHost = (host: string): Promise<void> => this.engines.changeHost(host)
+
+  shutdown = (): Promise<void> => {
+    const error = new AmbientError('AMBIENT_SHUT_DOWN', 'It was shut down while work was under way.', {
+      database: this.name,
+      statusCode: 503,
+    })
+    return this.engines.shutdown(async () => {
+      await Promise.all([...this.sessions].map((session) => session.abort(error)))
+    })
+  }
+
+  /** The session of the running code's context, made if there is none. */
+  #session(): Session<Connection> {
+    const context = currentScope()?.context
+    if (!context) {
+      throw new AmbientError('AMBIENT_NO_CONTEXT', 'A session was asked for outside any context.', { database: this.name })
+    }
+    const known = context.peek(this) as Session<Connection> | undefined // only this database puts one under its key
+    if (known) return known
+    if (context.closedToNewSessions) throw this.contextEnded(context)
+    const transaction = context.options.transaction ?? this.#transaction
+    return context.session(this, () => new Session(this, context, { transaction, hold: false }))
+  }
+
+  async #with<Result>(act: (session: Session<Connection>) => Promise<Result>): Promise<Result> {
+    return act(this.#session())
+  }
+
+  #ambientStatements(): Statements<Connection> {
+    const of = (block?: NativeBlock) =>
+      (block as NativeTransaction<Connection> | undefined)?.session ?? this.#session() // blocks come from createBlock below
+    return {
+      host: () => this.host,
+      run: (statement, block) => {
+        try {
+          return of(block).run(statement, block)
+        } catch (error) {
+          return Promise.reject(error)
+        }
+      },
+      openStream: async (destroy, block) => of(block).openStream(destroy, block),
+      createBlock: () => this.#session().createBlock(),
+    }
+  }
+
+  // What sessions need
+
+  reportHookError = (error: unknown): void => {
+    const { onHookError } = this.#options
+    try {
+      if (onHookError) return onHookError(error)
+    } catch (second) {
+      return this.#warn(second)
+    }
+    this.#warn(error)
+  }
+
+  #warn(error: unknown): void {
+    const text = error instanceof Error ? (error.stack ?? error.message) : String(error)
+    process.emitWarning(`A hook of database '${this.name}' failed: ${text}`, 'AmbientHookWarning')
+  }
+
+  /** Concurrent sessions share one run of `beforeSession` (D2). */
+  async prepare(): Promise<void> {
+    const { beforeSession } = this.#options
+    if (!beforeSession) return
+    for (const scope of enclosingScopes()) {
+      if (scope.preparing !== this) continue
+      throw new AmbientError('AMBIENT_BEFORE_SESSION', 'It was used inside its own `beforeSession`.', { database: this.name })
+    }
+    this.#preparing ??= runInScope({ parent: undefined, context: undefined, preparing: this }, async () =>
+      beforeSession(this),
+    ).finally(() => {
+      this.#preparing = undefined
+    })
+    await this.#preparing
+  }
+
+  contextEnded(owner: Context): AmbientError {
+    const where = owner.endedAt ? `\nIt was ended\n${owner.endedAt}\n` : ''
+    const details = { database: this.name, ...(owner.abortion && { cause: owner.abortion }) }
+    if (owner.scope.session) return new AmbientError('AMBIENT_SESSION_CLOSED', `Its work has ended.${where}`, details)
+    return new AmbientError('AMBIENT_CONTEXT_ENDED', `The context has ended.${where}`, details)
+  }
+}
+
+function validate<Handle, Engine, Connection>(options: DatabaseOptions<Handle, Engine, Connection>): void {
+  const refuse = (what: string) => {
+    throw new AmbientError('AMBIENT_INVALID_ARGUMENT', `defineDatabase: ${what}.`)
+  }
+  if (typeof options?.name !== 'string' || options.name === '') refuse('`name` must be a non-empty string')
+  if (typeof options.adapter?.createHandle !== 'function') refuse('`adapter` must be an adapter, such as pgAdapter(…)')
+  for (const key of ['acquireTimeout', 'blockTimeout', 'settleTimeout'] as const) {
+    const value = options[key]
+    if (value !== undefined && !(value > 0)) refuse(`\`${key}\` must be a positive number of milliseconds`)
+  }
+}

@@ -1,0 +1,249 @@
+import type { Adapter, Capabilities } from './adapter.ts'
+import { detach } from './context.ts'
+import { AmbientError } from './errors.ts'
+import { bounded } from './time.ts'
+
+/** How long a cancelled statement may take to end before its connection is destroyed, in ms. */
+const cancelGrace = 1000
+
+/** A connection that a session holds, until it is released once. */
+export class Lease<Connection> {
+  readonly adapter: Adapter<unknown, unknown, Connection>
+  readonly capabilities: Capabilities
+  readonly connection: Connection
+  /** What the connection was lost with. */
+  lost: Error | undefined
+  readonly #engine: unknown
+  readonly #onRelease: () => void
+  #released = false
+
+  constructor(slot: Slot<Connection>, engine: unknown, connection: Connection, onRelease: () => void) {
+    this.adapter = slot.adapter
+    this.capabilities = slot.adapter.capabilities(engine)
+    this.connection = connection
+    this.#engine = engine
+    this.#onRelease = onRelease
+  }
+
+  /** Gives the connection back; `broken`, or its loss, destroys it. Harmless when called again. */
+  async release(broken: Error | undefined = this.lost): Promise<void> {
+    if (this.#released) return
+    this.#released = true
+    try {
+      await detach(() => this.adapter.release(this.#engine, this.connection, broken))
+    } finally {
+      this.#onRelease()
+    }
+  }
+
+  /** Ends the statement that runs: cancels it on the server, else destroys the connection. Resolves when `wire` has settled. */
+  async interrupt(wire: Promise<unknown>): Promise<void> {
+    const settled = wire.catch(() => {})
+    if (this.capabilities.cancelling) {
+      const ended = async () => {
+        await detach(() => this.adapter.cancel?.(this.#engine, this.connection))
+        await settled
+        return true
+      }
+      if (await bounded(ended(), cancelGrace, () => undefined).catch(() => false)) return
+    }
+    this.lost ??= new Error('The connection was destroyed, because its statement could not be cancelled.')
+    await this.release(this.lost)
+  }
+}
+
+/** The engine of one host. */
+class Slot<Connection> {
+  readonly adapter: Adapter<unknown, unknown, Connection>
+  readonly host: string | undefined
+  readonly leases = new Set<object>()
+  #engine: Promise<unknown> | undefined
+  readonly #onDrained: (() => void)[] = []
+  /** Resolves when the only connection of a single-connection engine is free. */
+  #turn: Promise<void> = Promise.resolve()
+  holder: object | undefined
+
+  constructor(adapter: Adapter<unknown, unknown, Connection>, host: string | undefined) {
+    this.adapter = adapter
+    this.host = host
+  }
+
+  /** The engine, created once, outside any context (D1, S12). */
+  engine(): Promise<unknown> {
+    this.#engine ??= detach(async () => this.adapter.createEngine(this.host)).catch((error) => {
+      this.#engine = undefined
+      throw error
+    })
+    return this.#engine
+  }
+
+  get created(): boolean {
+    return this.#engine !== undefined
+  }
+
+  /** Waits for the only connection; returns what frees it. */
+  async takeTurn(timeout: number, onTimeout: () => AmbientError): Promise<() => void> {
+    let free = () => {}
+    const before = this.#turn
+    this.#turn = new Promise((resolve) => {
+      free = resolve
+    })
+    try {
+      await bounded(before, timeout, onTimeout)
+    } catch (error) {
+      void before.then(free)
+      throw error
+    }
+    return free
+  }
+
+  leave(lease: object): void {
+    this.leases.delete(lease)
+    if (this.leases.size === 0) for (const resolve of this.#onDrained.splice(0)) resolve()
+  }
+
+  /** Resolves when no session holds a connection. */
+  async drained(): Promise<void> {
+    if (this.leases.size === 0) return
+    await new Promise<void>((resolve) => this.#onDrained.push(resolve))
+  }
+
+  /** Closes the engine, if there is one. */
+  async close(): Promise<void> {
+    const engine = this.#engine
+    if (!engine) return
+    this.#engine = undefined
+    await detach(async () => this.adapter.closeEngine(await engine))
+  }
+}
+
+/** What the engines need of their database. */
+export interface EngineHost {
+  readonly name: string
+  readonly acquireTimeout: number
+  readonly settleTimeout: number
+}
+
+/** The engines of a database, one per host, and the way to their connections (D1, D3, D4, S11). */
+export class Engines<Connection> {
+  readonly #adapter: Adapter<unknown, unknown, Connection>
+  readonly #database: EngineHost
+  #slot: Slot<Connection>
+  #shutdown: Promise<void> | undefined
+
+  constructor(adapter: Adapter<unknown, unknown, Connection>, database: EngineHost, host: string | undefined) {
+    this.#adapter = adapter
+    this.#database = database
+    this.#slot = new Slot(adapter, host)
+  }
+
+  get host(): string | undefined {
+    return this.#slot.host
+  }
+
+  /** Throws `AMBIENT_SHUT_DOWN` if no new work is taken. */
+  assertOpen(): void {
+    if (!this.#shutdown) return
+    throw new AmbientError('AMBIENT_SHUT_DOWN', 'It was shut down.', { database: this.#database.name, statusCode: 503 })
+  }
+
+  /** The native engine of the host in force. */
+  async engine(): Promise<unknown> {
+    this.assertOpen()
+    return this.#slot.engine()
+  }
+
+  /** Takes a connection for `session`, waiting at most `acquireTimeout`. `held` lists the sessions around it that hold one. */
+  async acquire(session: object, held: () => object[]): Promise<Lease<Connection>> {
+    this.assertOpen()
+    const slot = this.#slot
+    const pending = {}
+    slot.leases.add(pending) // so that the engine is not closed between here and the connection
+    let free = () => {}
+    try {
+      const engine = await slot.engine()
+      const deadline = performance.now() + this.#database.acquireTimeout
+      if (slot.adapter.capabilities(engine).singleConnection) {
+        if (slot.holder && held().includes(slot.holder)) throw this.#selfDeadlock()
+        free = await slot.takeTurn(this.#database.acquireTimeout, () => this.#acquireTimeout(held().length))
+        slot.holder = session
+      }
+      let lease: Lease<Connection> | undefined
+      let lost: Error | undefined
+      const onLost = (error: Error) => {
+        lost ??= error
+        if (lease) lease.lost ??= error
+      }
+      const acquiring = detach(() => slot.adapter.acquire(engine, onLost))
+      const left = Math.max(0, deadline - performance.now())
+      const connection = await bounded(acquiring, left, () => this.#acquireTimeout(held().length)).catch((error) => {
+        acquiring.then((late) => detach(() => slot.adapter.release(engine, late))).catch(() => {})
+        throw error
+      })
+      lease = new Lease(slot, engine, connection, () => {
+        slot.holder = undefined
+        free()
+        slot.leave(pending)
+      })
+      lease.lost = lost
+      return lease
+    } catch (error) {
+      free()
+      slot.leave(pending)
+      throw error
+    }
+  }
+
+  #acquireTimeout(held: number): AmbientError {
+    const { name, acquireTimeout } = this.#database
+    return new AmbientError(
+      'AMBIENT_ACQUIRE_TIMEOUT',
+      `No connection within ${acquireTimeout} ms; this context and its parents hold ${held} of them.`,
+      { database: name, statusCode: 503 },
+    )
+  }
+
+  #selfDeadlock(): AmbientError {
+    return new AmbientError(
+      'AMBIENT_SELF_DEADLOCK',
+      'The only connection is held by the unit of work that waits for it.',
+      { database: this.#database.name },
+    )
+  }
+
+  /** Sends new transactions to `host`; the engine of the old one is closed when those under way have ended (D3). */
+  async changeHost(host: string): Promise<void> {
+    this.assertOpen()
+    if (host === this.#slot.host) return
+    const old = this.#slot
+    const next = new Slot(this.#adapter, host)
+    if (old.created) await next.engine()
+    this.assertOpen()
+    if (this.#slot !== old) {
+      await next.close()
+      return this.changeHost(host)
+    }
+    this.#slot = next
+    void old
+      .drained()
+      .then(() => old.close())
+      .catch((error: unknown) => process.emitWarning(`ambient-db: closing an old engine failed: ${codeOf(error)}`))
+  }
+
+  /** Refuses new work, waits for what is under way, closes the engine (D4). `interrupt` ends what is still there after the wait. */
+  shutdown(interrupt: () => Promise<void>): Promise<void> {
+    this.#shutdown ??= this.#close(interrupt)
+    return this.#shutdown
+  }
+
+  async #close(interrupt: () => Promise<void>): Promise<void> {
+    const slot = this.#slot
+    await bounded(slot.drained(), this.#database.settleTimeout, () => undefined).catch(interrupt)
+    await slot.close()
+  }
+}
+
+/** What of a driver's error may be shown: its message could hold a connection string (D5). */
+function codeOf(error: unknown): string {
+  return String((error as { code?: unknown } | null)?.code ?? (error instanceof Error ? error.name : 'unknown error'))
+}

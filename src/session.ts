@@ -1,0 +1,588 @@
+import type { NativeBlock, OpenStream, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
+import { type AtomicOptions, atomic, Block } from './atomic.ts'
+import { type Context, currentScope, enclosingScopes, insideHook, runAfterHooks } from './context.ts'
+import type { DatabaseCore } from './database.ts'
+import type { Lease } from './engine.ts'
+import { AmbientError, isAmbientError } from './errors.ts'
+import { sessionChannel } from './events.ts'
+import { type AfterHook, afterHook, type Hook, type Hooks } from './hooks.ts'
+import { Lane, type LaneHost, type Occupant } from './lane.ts'
+import { NativeTransaction } from './native.ts'
+import type { Participant } from './settle.ts'
+import { Level, Transaction, type TransactionHost } from './transaction.ts'
+
+/** One conversation with one database: idle until its first statement, open until a commit or rollback, and so on until closed. */
+export interface AmbientSession<Handle> {
+  /** The native handle bound to this session, wherever it is used. */
+  readonly db: Handle
+  /** Whether a transaction is open, and with it a connection held. */
+  readonly inTransaction: boolean
+  readonly closed: boolean
+  /** Opens a transaction now rather than with the first statement. Options must agree with one that is open. */
+  begin(options?: TransactionSettings): Promise<void>
+  /**
+   * Commits what is open, in turn behind the statements issued before; the next statement opens a new transaction.
+   * Resolves only if the server said COMMIT.
+   *
+   * @throws the server's own error, or `AMBIENT_TRANSACTION_ABORTED`, `AMBIENT_COMMIT_UNKNOWN`, `AMBIENT_STREAM_OPEN`,
+   *   `AMBIENT_ATOMIC_NESTING` inside a block.
+   */
+  commit(): Promise<void>
+  /** Rolls back what is open; afterwards nothing of it can be committed any more. Same refusals as `commit`. */
+  rollback(): Promise<void>
+  /**
+   * Ends the session: statements already issued finish, later ones are refused. An open transaction needs `outcome`.
+   *
+   * @throws `AMBIENT_TRANSACTION_OPEN` if a transaction is open and `outcome` was not given; the session stays.
+   */
+  close(outcome?: 'commit' | 'rollback'): Promise<void>
+  /** Runs `work` in a savepoint; with nothing open, in a transaction that is committed at the end. */
+  savepoint<Result>(work: () => Result | Promise<Result>): Promise<Result>
+  /** Runs before COMMIT, inside the transaction; a throw vetoes it. */
+  beforeCommit(hook: Hook): void
+  /** Runs after COMMIT was answered, in a context of its own; a failure is reported and changes nothing. */
+  afterCommit(hook: Hook): void
+  /** Runs after the transaction was rolled back, in a context of its own. */
+  afterRollback(hook: Hook): void
+  /** Rolls back what is open and closes. */
+  [Symbol.asyncDispose](): Promise<void>
+}
+
+/** Options of a session beside the context's. */
+export interface SessionSettings {
+  readonly transaction: TransactionOptions
+  /** Keeps one connection from the first statement to the end of the session, then destroys it. */
+  readonly hold: boolean
+}
+
+let sessions = 0
+
+export class Session<Connection>
+  implements AmbientSession<unknown>, Participant, Statements<Connection>, LaneHost, TransactionHost<Connection>
+{
+  readonly id = ++sessions
+  readonly lane: Lane
+  transaction: Transaction<Connection>
+  readonly #database: DatabaseCore<Connection>
+  readonly #owner: Context
+  readonly #settings: SessionSettings
+  #handle: unknown
+  #closed: (() => AmbientError) | undefined
+  #prepared = false
+  #held: Lease<Connection> | undefined
+  #heldSince = 0
+  #deferred: AfterHook[] = []
+  #destroyStream: ((error: Error) => void) | undefined
+  #streamEnd: AmbientError | undefined
+
+  constructor(database: DatabaseCore<Connection>, owner: Context, settings: SessionSettings) {
+    this.#database = database
+    this.#owner = owner
+    this.#settings = settings
+    this.lane = new Lane(this)
+    this.transaction = new Transaction(this, settings.transaction)
+    database.sessions.add(this)
+    this.#publish('opened')
+  }
+
+  // What others need to know of it
+
+  get name(): string {
+    return this.#database.name
+  }
+
+  get order(): number {
+    return this.#database.order
+  }
+
+  get contextId(): number {
+    return this.#owner.id
+  }
+
+  get database(): object {
+    return this.#database
+  }
+
+  get acquireTimeout(): number {
+    return this.#database.acquireTimeout
+  }
+
+  get blockTimeout(): number {
+    return this.#database.blockTimeout
+  }
+
+  get settleTimeout(): number {
+    return this.#owner.settleTimeout ?? this.#database.settleTimeout
+  }
+
+  get closed(): boolean {
+    return this.#closed !== undefined
+  }
+
+  get busy(): boolean {
+    return this.lane.busy
+  }
+
+  get inTransaction(): boolean {
+    return this.transaction.opened
+  }
+
+  get atDatabase(): boolean {
+    return this.transaction.atDatabase
+  }
+
+  get lastActivity(): number {
+    return this.transaction.lastActivity
+  }
+
+  get touched(): boolean {
+    return this.busy || this.inTransaction || this.#held !== undefined || hasHooks(this.transaction.root.hooks)
+  }
+
+  get db(): unknown {
+    this.#handle ??= this.#database.adapter.createHandle(this)
+    return this.#handle
+  }
+
+  host(): string | undefined {
+    return this.#database.host
+  }
+
+  /** Where the caller is, for errors that speak of it later; only while tracing (O2). */
+  place(): string | undefined {
+    return this.#database.trace ? new Error('place').stack?.split('\n').slice(3).join('\n') : undefined
+  }
+
+  // Statements
+
+  run<Result>(statement: (connection: Connection) => Promise<Result>, native?: NativeBlock): Promise<Result> {
+    const block = this.#blockFor(native)
+    const refusal = this.#refusal()
+    if (refusal) return Promise.reject(refusal)
+    const lane = block?.inner ?? this.lane
+    const occupant: Occupant = { label: 'a statement', place: this.place() }
+    if (!sessionChannel.hasSubscribers) {
+      return lane.run(occupant, () => this.transaction.run(block?.level ?? this.transaction.root, statement))
+    }
+    return lane.run(occupant, async () => {
+      const startedAt = performance.now()
+      let failure: unknown
+      try {
+        return await this.transaction.run(block?.level ?? this.transaction.root, statement)
+      } catch (error) {
+        failure = error
+        throw error
+      } finally {
+        this.#publish('statement', { duration: performance.now() - startedAt, error: failure })
+      }
+    })
+  }
+
+  async openStream(destroy: (error: Error) => void, native?: NativeBlock): Promise<OpenStream<Connection>> {
+    const block = this.#blockFor(native)
+    this.assertAccepts()
+    const lane = block?.inner ?? this.lane
+    const occupant: Occupant = { label: 'a stream', place: this.place(), exclusive: 'stream' }
+    return new Promise<OpenStream<Connection>>((resolve, reject) => {
+      const turn = async () => {
+        let close = () => {}
+        const closed = new Promise<void>((end) => {
+          close = end
+        })
+        const { connection, fail } = await this.transaction.openStream(block?.level ?? this.transaction.root, closed)
+        this.#destroyStream = destroy
+        if (this.#streamEnd) destroy(this.#streamEnd)
+        resolve({
+          connection,
+          close: (error) => {
+            if (error !== undefined) fail(error)
+            close()
+          },
+        })
+        await closed
+        this.#destroyStream = undefined
+        this.#streamEnd = undefined
+      }
+      lane.run(occupant, turn).catch(reject)
+    })
+  }
+
+  createBlock(): NativeTransaction<Connection> {
+    return new NativeTransaction(this)
+  }
+
+  // What a user does by hand
+
+  begin = (options: TransactionSettings = {}): Promise<void> => {
+    return this.#act('begin()', this.enclosingBlock(), async (level) => {
+      this.transaction.agree(options)
+      this.transaction.assertUsable(level)
+      this.transaction.autocommit = false
+      await this.transaction.open(level)
+    })
+  }
+
+  commit = (): Promise<void> => {
+    return this.#actOutside('commit()', async () => {
+      if (this.inTransaction) await this.commitNow()
+    })
+  }
+
+  rollback = (): Promise<void> => {
+    return this.#actOutside('rollback()', async () => {
+      if (this.inTransaction) await this.rollbackNow()
+    })
+  }
+
+  close = (outcome?: 'commit' | 'rollback'): Promise<void> => {
+    if (this.closed) return Promise.resolve()
+    return this.#actOutside('close()', async () => {
+      if (this.inTransaction && outcome === undefined) {
+        throw new AmbientError('AMBIENT_TRANSACTION_OPEN', 'The session was to be closed with a transaction open.', {
+          database: this.name,
+        })
+      }
+      if (outcome === 'rollback') await this.rollbackNow()
+      else await this.commitNow()
+      await this.#die()
+    })
+  }
+
+  atomic = <Result>(work: () => Result | Promise<Result>, options?: AtomicOptions): Promise<Result> => {
+    return atomic(this, work, options)
+  }
+
+  savepoint = <Result>(work: () => Result | Promise<Result>): Promise<Result> => {
+    return atomic(this, work, { current: 'savepoint' })
+  }
+
+  beforeCommit = (hook: Hook): void => {
+    this.#hooks().beforeCommit.push(hook)
+  }
+
+  afterCommit = (hook: Hook): void => {
+    this.#hooks().afterCommit.push(afterHook(hook, this.#database.reportHookError))
+  }
+
+  afterRollback = (hook: Hook): void => {
+    this.#hooks().afterRollback.push(afterHook(hook, this.#database.reportHookError))
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close('rollback')
+  }
+
+  /** The hooks of the block or transaction that the running code belongs to. */
+  #hooks(): Hooks {
+    this.assertAccepts()
+    const block = this.enclosingBlock()
+    if (block && !block.live) throw this.blockEnded(block)
+    return (block?.level ?? this.transaction.root).hooks
+  }
+
+  #act(label: string, block: Block<Connection> | undefined, work: (level: Level) => Promise<void>): Promise<void> {
+    const refusal = this.#refusal()
+    if (refusal) return Promise.reject(refusal)
+    const occupant: Occupant = { label, place: this.place(), owns: true }
+    const lane = block?.inner ?? this.lane
+    return lane.track(
+      occupant,
+      this.inTurn(lane, occupant, () => work(block?.level ?? this.transaction.root)),
+    )
+  }
+
+  #actOutside(label: string, work: () => Promise<void>): Promise<void> {
+    const block = this.enclosingBlock()
+    if (!block) return this.#act(label, undefined, work)
+    if (!block.live) return Promise.reject(this.blockEnded(block))
+    return Promise.reject(
+      new AmbientError('AMBIENT_ATOMIC_NESTING', `${label} was called inside ${block.label}.`, { database: this.name }),
+    )
+  }
+
+  // What blocks and contexts do
+
+  /** Runs `work` in its turn, then the hooks that came due, once the session is free again (K2). */
+  async inTurn<Result>(lane: Lane, occupant: Occupant, work: () => Promise<Result>): Promise<Result> {
+    let hooks: AfterHook[] = []
+    try {
+      return await lane.run(occupant, async () => {
+        try {
+          return await work()
+        } finally {
+          hooks = this.#deferred.splice(0)
+        }
+      })
+    } finally {
+      if (hooks.length > 0) await runAfterHooks(hooks)
+    }
+  }
+
+  /** The innermost block of this session around the running code, live or ended. */
+  enclosingBlock(): Block<Connection> | undefined {
+    for (let scope = currentScope(); scope; scope = scope.parent) {
+      const block = scope.block
+      if (block?.session === this && (block as Block<Connection>).begun) return block as Block<Connection> // its own
+    }
+    return undefined
+  }
+
+  /** The block that a statement belongs to: the one around it, unless it names another that is not around it. */
+  #blockFor(native: NativeBlock | undefined): Block<Connection> | undefined {
+    const enclosing = this.enclosingBlock()
+    const named = (native as NativeTransaction<Connection> | undefined)?.block // made by createBlock
+    if (!named?.begun || named === enclosing) return enclosing
+    for (const { block } of enclosingScopes()) if (block === named) return enclosing
+    return named
+  }
+
+  /** Throws if the session or its context has ended. */
+  assertAccepts(): void {
+    const refusal = this.#refusal()
+    if (refusal) throw refusal
+  }
+
+  #refusal(): AmbientError | undefined {
+    const refusal = this.#closed ?? (this.#owner.fenced && !insideHook() ? this.#contextEnded : undefined)
+    if (!refusal) return undefined
+    const error = refusal()
+    this.#publish('refused', { error })
+    return error
+  }
+
+  #contextEnded = (): AmbientError => this.#database.contextEnded(this.#owner)
+
+  blockEnded(block: Block<Connection>): AmbientError {
+    const where = block.place ? `\n${block.label} was started\n${block.place}\n` : ''
+    return new AmbientError('AMBIENT_BLOCK_ENDED', `${capital(block.label)} has ended.${where}`, { database: this.name })
+  }
+
+  refuseBehind(holder: Occupant, waiter: Occupant): AmbientError {
+    const details = { database: this.name }
+    const places = [holder, waiter].map(({ label, place }) => (place ? `\n${label} was started\n${place}` : '')).join('')
+    if (holder.exclusive === 'stream') {
+      return new AmbientError('AMBIENT_STREAM_OPEN', `A stream is open, so ${waiter.label} was refused.${places}`, details)
+    }
+    const why = holder.exclusive
+      ? 'is open and cannot be told from other work'
+      : `has had nothing at the database for ${this.blockTimeout} ms`
+    const what = `${capital(waiter.label)} was refused: ${holder.label} ${why}.${places}`
+    return new AmbientError('AMBIENT_SESSION_BUSY', what, details)
+  }
+
+  isRetryable(error: unknown): boolean {
+    if (isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') || isAmbientError(error, 'AMBIENT_PARTIAL_COMMIT')) return false
+    for (let each = error; each instanceof Error; each = each.cause) {
+      if (this.#database.adapter.traits(each).retryable) return true
+    }
+    return false
+  }
+
+  /** Runs `work` with a savepoint of `outer`; with nothing open, in a transaction that is committed at its end (A7). */
+  async withSavepoint<Result>(outer: Level, work: (level: Level) => Promise<Result>): Promise<Result> {
+    const { transaction } = this
+    const level = new Level(outer)
+    try {
+      const result = await work(level)
+      await transaction.releaseLevel(level)
+      return result
+    } catch (error) {
+      await transaction.rollbackLevel(level)
+      throw error
+    } finally {
+      level.refusal ??= () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: this.name })
+    }
+  }
+
+  /** Hooks, then COMMIT. A transaction that cannot commit stays for a rollback; a veto rolls back. */
+  async commitNow(): Promise<void> {
+    const { transaction } = this
+    transaction.assertUsable(transaction.root)
+    try {
+      while (await this.prepare());
+    } catch (error) {
+      await this.rollbackNow(error)
+      throw error
+    }
+    await this.#commit()
+  }
+
+  async rollbackNow(error?: unknown, dropHooks = false): Promise<boolean> {
+    const { transaction } = this
+    const opened = transaction.opened
+    const said = await transaction.rollback(error)
+    if (transaction === this.transaction) this.#renew('afterRollback', opened, dropHooks)
+    return said
+  }
+
+  /** Runs the beforeCommit hooks that are due, each in a block of its own (K1). */
+  async prepare(): Promise<boolean> {
+    const { transaction } = this
+    const { root } = transaction
+    transaction.assertUsable(root)
+    const due = root.hooks.beforeCommit.splice(0)
+    const ownHook = this.#database.hooks.beforeCommit
+    if (transaction.opened && !transaction.prepared) {
+      transaction.prepared = true
+      if (ownHook) due.unshift(() => ownHook(this))
+    }
+    for (const hook of due) await this.#runHook('beforeCommit hook', hook)
+    transaction.assertUsable(root)
+    return due.length > 0
+  }
+
+  get afterBegin(): (() => Promise<void>) | undefined {
+    const hook = this.#database.hooks.afterBegin
+    return hook && (() => this.#runHook('afterBegin hook', () => hook(this)))
+  }
+
+  async #runHook(label: string, hook: Hook): Promise<void> {
+    const block = new Block<Connection>(this, label, this.transaction.root, currentScope(), true)
+    await block.run(hook)
+  }
+
+  async #commit(): Promise<void> {
+    const { transaction } = this
+    const opened = transaction.opened
+    try {
+      await transaction.commit()
+      this.#renew('afterCommit', opened)
+    } catch (error) {
+      this.#renew(isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') ? undefined : 'afterRollback', opened)
+      throw error
+    }
+  }
+
+  /** A transaction has ended: the next statement opens a new one. */
+  #renew(when: 'afterCommit' | 'afterRollback' | undefined, opened: boolean, dropHooks = false): void {
+    const { root } = this.transaction
+    root.refusal ??= () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.name })
+    this.transaction = new Transaction(this, this.#settings.transaction)
+    if (!when || dropHooks) return
+    const own = opened ? this.#database.hooks[when] : undefined
+    if (own) this.#deferred.push({ order: 0, run: () => own(), onError: this.#database.reportHookError })
+    this.#deferred.push(...root.hooks[when])
+  }
+
+  // Participant: how its context ends it
+
+  async quiet(): Promise<void> {
+    await this.lane.quiet()
+  }
+
+  endStream(way: 'destroy' | 'refuse'): void {
+    const stream = this.lane.stream
+    if (!stream) return
+    const error = this.refuseBehind(stream, { label: 'the end of the context' })
+    if (way === 'refuse') throw error
+    this.#endStreamWith(error)
+  }
+
+  /** Ends a stream that is open in a block that ends. */
+  endStreamIn(lane: Lane): void {
+    const stream = lane.stream
+    if (stream) this.#endStreamWith(this.refuseBehind(stream, { label: 'the end of its block' }))
+  }
+
+  #endStreamWith(error: AmbientError): void {
+    this.#streamEnd = error // for one that has not had its turn yet
+    this.#destroyStream?.(error)
+  }
+
+  fence(): void {
+    if (this.lane.busy) this.lane.close(this.#contextEnded)
+  }
+
+  async stop(cancel: boolean): Promise<void> {
+    await this.transaction.stop(cancel)
+  }
+
+  /** Ends the unit that owns it now. */
+  async abort(error: AmbientError): Promise<void> {
+    this.#owner.abort(error)
+    await this.#owner.settle('rollback', error).catch(() => {}) // whoever settles it gets the error
+  }
+
+  async commitAtEnd(): Promise<void> {
+    try {
+      await this.#commit()
+    } finally {
+      this.#owner.defer(this.#deferred.splice(0))
+    }
+  }
+
+  async rollbackAtEnd(error: unknown): Promise<boolean> {
+    const said = await this.rollbackNow(error)
+    this.#owner.defer(this.#deferred.splice(0))
+    return said
+  }
+
+  async closeAtEnd(): Promise<void> {
+    await this.#die()
+  }
+
+  // The connection
+
+  async lease(): Promise<Lease<Connection>> {
+    if (this.#held) return this.#held
+    const startedAt = performance.now()
+    if (!this.#prepared) {
+      await this.#database.prepare()
+      this.#prepared = true
+    }
+    const lease = await this.#database.engines.acquire(this, () => this.#surroundingHolders())
+    this.#heldSince = performance.now()
+    this.#publish('acquired', { duration: this.#heldSince - startedAt })
+    if (this.#settings.hold) this.#held = lease
+    return lease
+  }
+
+  async release(lease: Lease<Connection>, broken?: Error): Promise<void> {
+    if (this.#held === lease && !broken && !lease.lost) return
+    if (this.#held === lease) this.#held = undefined
+    await lease.release(broken)
+    this.#publish(broken ? 'destroyed' : 'released', { duration: performance.now() - this.#heldSince, error: broken })
+  }
+
+  get holdsConnection(): boolean {
+    return this.transaction.holdsConnection || this.#held !== undefined
+  }
+
+  /** Sessions of this database around the running code that hold a connection (S11). */
+  #surroundingHolders(): object[] {
+    const holders = new Set<object>()
+    for (const scope of enclosingScopes()) {
+      for (const session of [scope.session, scope.context?.peek(this.#database)] as (Session<unknown> | undefined)[]) {
+        if (session?.database === this.#database && session.holdsConnection) holders.add(session)
+      }
+    }
+    return [...holders]
+  }
+
+  async #die(): Promise<void> {
+    if (this.#closed) return
+    this.#closed = this.#owner.fenced
+      ? this.#contextEnded
+      : () => new AmbientError('AMBIENT_SESSION_CLOSED', 'The session was closed.', { database: this.name })
+    this.#owner.forget(this.#database, this)
+    this.lane.close(this.#closed)
+    this.#handle = undefined
+    this.#database.sessions.delete(this)
+    const held = this.#held
+    if (held) await this.release(held, new Error('The connection of a session with `hold` is not used again.'))
+    this.#publish('closed')
+  }
+
+  #publish(type: 'opened' | 'acquired' | 'released' | 'destroyed' | 'closed' | 'refused' | 'statement', more = {}): void {
+    if (!sessionChannel.hasSubscribers) return
+    sessionChannel.publish({ type, sessionId: this.id, contextId: this.contextId, database: this.name, ...more })
+  }
+}
+
+function hasHooks({ beforeCommit, afterCommit, afterRollback }: Hooks): boolean {
+  return beforeCommit.length + afterCommit.length + afterRollback.length > 0
+}
+
+function capital(text: string): string {
+  return text.charAt(0).toUpperCase() + text.slice(1)
+}

@@ -1,0 +1,136 @@
+import { AmbientError, attachCleanupError, isAmbientError, stateRolledBack } from './errors.ts'
+import { bounded } from './time.ts'
+
+/** A session as its context sees it when the context ends. */
+export interface Participant {
+  readonly name: string
+  /** Databases commit in the order in which they were defined. */
+  readonly order: number
+  /** Statements or blocks are under way. */
+  readonly busy: boolean
+  readonly inTransaction: boolean
+  readonly closed: boolean
+  /** Something happened in it that the end must look at. */
+  readonly touched: boolean
+  /** Bound of joining and of COMMIT, in ms. */
+  readonly settleTimeout: number
+  /** Ends an open stream (`'destroy'`) or throws because of it (`'refuse'`). */
+  endStream(way: 'destroy' | 'refuse'): void
+  /** Resolves when nothing is under way; rejects with the first failure among what was awaited. */
+  quiet(): Promise<void>
+  /** Rejects what is queued; refuses what comes from now on. */
+  fence(): void
+  /** Awaits the statement that is on the wire; with `cancel`, cancels it first. */
+  stop(cancel: boolean): Promise<void>
+  /** Runs the beforeCommit hooks and verifies that the transaction can commit; true if a hook ran. */
+  prepare(): Promise<boolean>
+  commitAtEnd(): Promise<void>
+  /** Resolves with whether the server said that it rolled back. */
+  rollbackAtEnd(error: unknown): Promise<boolean>
+  closeAtEnd(): Promise<void>
+  /** Where the caller is, while tracing. */
+  place(): string | undefined
+}
+
+/** What a context hands to the settlement. */
+export interface Unit {
+  readonly streams: 'destroy' | 'refuse'
+  readonly unawaited: 'join' | 'error'
+  readonly settleTimeout: number | undefined
+  /** Set once the unit was aborted: the error to end with. */
+  readonly abortion: AmbientError | undefined
+  /** Rejects when the unit is aborted. */
+  readonly aborted: Promise<never>
+  participants(): Participant[]
+  fence(): void
+}
+
+/** Joins, fences, runs the hooks and commits every session (C4, C5, C6). On any failure before a COMMIT all are rolled back. */
+export async function commitAll(unit: Unit): Promise<void> {
+  try {
+    await join(unit)
+    unit.fence()
+    await prepareAll(unit)
+    if (unit.abortion) throw unit.abortion
+  } catch (error) {
+    await rollbackAll(unit, error)
+    throw error
+  }
+  const sessions = unit.participants()
+  const committed: string[] = []
+  for (const [index, session] of sessions.entries()) {
+    const wrote = session.inTransaction
+    try {
+      await session.commitAtEnd()
+      if (wrote) committed.push(session.name)
+    } catch (error) {
+      const rest = sessions.slice(index + 1).filter(({ inTransaction }) => inTransaction)
+      await rollbackEach(rest, error, false)
+      if (committed.length === 0) throw error
+      const unknown = isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') ? [session.name] : []
+      const rolledBack = [session, ...rest].map(({ name }) => name).filter((name) => !unknown.includes(name))
+      const list = (names: string[]) => names.map((name) => `'${name}'`).join(', ')
+      throw new AmbientError(
+        'AMBIENT_PARTIAL_COMMIT',
+        `Committed: ${list(committed)}. Not committed: ${list([...rolledBack, ...unknown])}.`,
+        { cause: error, outcome: 'partial', databases: { committed, rolledBack, unknown } },
+      )
+    }
+  }
+}
+
+/** Fences at once, awaits (or cancels) what is on the wire and rolls every session back; failures are attached to `error`. */
+export async function rollbackAll(unit: Unit, error: unknown): Promise<void> {
+  unit.fence()
+  const said = await rollbackEach(unit.participants(), error, unit.abortion !== undefined)
+  if (said) stateRolledBack(error)
+}
+
+/** Resolves with whether every server said that it rolled back. */
+async function rollbackEach(sessions: Participant[], error: unknown, cancel: boolean): Promise<boolean> {
+  const said = await Promise.all(
+    sessions.map(async (session) => {
+      try {
+        session.endStream('destroy')
+        await session.stop(cancel)
+        return await session.rollbackAtEnd(error)
+      } catch (second) {
+        attachCleanupError(error, second)
+        return false
+      }
+    }),
+  )
+  return said.every(Boolean)
+}
+
+/** Waits until no session has anything under way, whatever its branches go on to issue. */
+async function join(unit: Unit): Promise<void> {
+  const unawaited = unit.unawaited === 'error' && unit.participants().some((session) => session.busy)
+  do {
+    const sessions = unit.participants()
+    for (const session of sessions) session.endStream(unit.streams)
+    const timeout = unit.settleTimeout ?? Math.max(0, ...sessions.map((session) => session.settleTimeout))
+    const quiet = Promise.race([Promise.all(sessions.map((session) => session.quiet())), unit.aborted])
+    await bounded(quiet, timeout, () => {
+      const names = sessions.filter((session) => session.busy).map((session) => `'${session.name}'`)
+      return new AmbientError(
+        'AMBIENT_SETTLE_TIMEOUT',
+        `Work on ${names.join(', ')} was still under way ${timeout} ms after its context had ended.`,
+      )
+    })
+  } while (unit.participants().some((session) => session.busy))
+  if (unawaited) {
+    throw new AmbientError('AMBIENT_UNAWAITED_WORK', 'Statements were still under way when the work returned.')
+  }
+}
+
+/** Runs all hooks of all sessions; a hook may register more, and use databases that had no session yet. */
+async function prepareAll(unit: Unit): Promise<void> {
+  for (let again = true; again; ) {
+    again = false
+    for (const session of unit.participants()) {
+      if (await Promise.race([session.prepare(), unit.aborted])) again = true
+    }
+    if (again) await join(unit)
+  }
+}

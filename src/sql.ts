@@ -1,0 +1,55 @@
+import type { TransactionSettings } from './adapter.ts'
+
+/** SQL text that begins or ends a transaction or savepoint. */
+export type TransactionControl =
+  | { readonly kind: 'begin'; readonly settings: TransactionSettings }
+  | { readonly kind: 'commit' }
+  | { readonly kind: 'rollback' }
+  | { readonly kind: 'other' }
+  | { readonly kind: 'savepoint'; readonly name: string }
+  | { readonly kind: 'rollback to'; readonly name: string }
+  | { readonly kind: 'release'; readonly name: string }
+
+const candidate = /^\s*(?:begin|start|commit|end|rollback|abort|savepoint|release)\b/i
+const noise = /(?:\s+(?:work|transaction))?(?:\s+and\s+no\s+chain)?$/
+const savepoint = /^(savepoint|rollback to|release)(?: savepoint)? (?:"([^"]+)"|(\w+))$/
+const modes = /^(?:isolation level (?:serializable|repeatable read|read committed|read uncommitted)|read only|read write|(?:not )?deferrable)$/
+
+/** Reads one statement of transaction control; `undefined` for any other SQL. `'other'` is control that a session cannot do. */
+export function parseTransactionControl(text: string): TransactionControl | undefined {
+  if (!candidate.test(text)) return undefined
+  const sql = text.trim().replace(/\s*;$/, '').replace(/\s+/g, ' ')
+  if (sql.includes(';')) return undefined
+  const lower = sql.toLowerCase()
+  const named = savepoint.exec(lower)
+  if (named) {
+    const name = named[2] === undefined ? (named[3] as string) : (/"([^"]+)"/.exec(sql)?.[1] as string) // one of both matched
+    return { kind: named[1] as 'savepoint' | 'rollback to' | 'release', name }
+  }
+  const verb = lower.replace(noise, '')
+  if (verb === 'commit' || verb === 'end') return { kind: 'commit' }
+  if (verb === 'rollback' || verb === 'abort') return { kind: 'rollback' }
+  const settings = /^(?:begin|start)(?: transaction| work)?(?: (.*))?$/.exec(lower)
+  return settings ? beginning(settings[1]) : { kind: 'other' }
+}
+
+function beginning(text = ''): TransactionControl {
+  const words = text.split(/,? (?=isolation|read (?:only|write)|deferrable|not deferrable)|, /).filter(Boolean)
+  if (!words.every((word) => modes.test(word))) return { kind: 'other' }
+  const level = words.find((word) => word.startsWith('isolation level '))?.slice('isolation level '.length)
+  const settings = {
+    ...(level && { isolationLevel: level as NonNullable<TransactionSettings['isolationLevel']> }), // `modes` has checked it
+    ...((words.includes('read only') || words.includes('read write')) && { readOnly: words.includes('read only') }),
+    ...((words.includes('deferrable') || words.includes('not deferrable')) && { deferrable: words.includes('deferrable') }),
+  }
+  return { kind: 'begin', settings }
+}
+
+/** The modes of BEGIN or SET TRANSACTION in standard SQL, with a space before each. */
+export function transactionModes({ isolationLevel, readOnly, deferrable }: TransactionSettings): string {
+  let modes = ''
+  if (isolationLevel !== undefined) modes += ` ISOLATION LEVEL ${isolationLevel.toUpperCase()}`
+  if (readOnly !== undefined) modes += readOnly ? ' READ ONLY' : ' READ WRITE'
+  if (deferrable !== undefined) modes += deferrable ? ' DEFERRABLE' : ' NOT DEFERRABLE'
+  return modes
+}

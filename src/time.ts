@@ -1,0 +1,31 @@
+/** Resolves once every microtask that is due has run: what was just settled has had its say. */
+export function drained(): Promise<void> {
+  return new Promise((resolve) => process.nextTick(resolve))
+}
+
+/** Resolves in the next turn of the event loop. */
+export function nextTurn(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve))
+}
+
+/** Resolves after `ms` milliseconds. */
+export function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms))
+}
+
+/** Settles as `promise` does, or rejects with `onTimeout()` after `ms` milliseconds. `promise` never becomes an unhandled rejection. */
+export function bounded<Result>(promise: Promise<Result>, ms: number, onTimeout: () => unknown): Promise<Result> {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => reject(onTimeout()), ms)
+    promise.then(
+      (result) => {
+        clearTimeout(timer)
+        resolve(result)
+      },
+      (error) => {
+        clearTimeout(timer)
+        reject(error)
+      },
+    )
+  })
+}

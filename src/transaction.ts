@@ -1,0 +1,432 @@
+import type { TransactionOptions, TransactionSettings } from './adapter.ts'
+import type { Lease } from './engine.ts'
+import { AmbientError, attachCleanupError } from './errors.ts'
+import { transactionChannel } from './events.ts'
+import { dropHooks, type Hooks, moveHooks } from './hooks.ts'
+import { bounded, sleep } from './time.ts'
+
+/** Why nothing more can be done in a transaction or savepoint but roll it back. */
+interface Failure {
+  readonly what: string
+  readonly cause: unknown
+  readonly outcome?: 'rolled-back' | 'unknown'
+}
+
+const lostWhat = 'The connection was lost before COMMIT was sent.'
+const endedWhat =
+  'The transaction was ended behind the back of the session (COMMIT or ROLLBACK in SQL, or a statement that commits by itself): earlier work may be committed.'
+
+/** The transaction itself, or a savepoint in it. Opened on the server by its first statement. */
+export class Level {
+  readonly parent: Level | undefined
+  readonly hooks: Hooks = { beforeCommit: [], afterCommit: [], afterRollback: [] }
+  opened = false
+  failure: Failure | undefined
+  /** Set when it has ended: refuses what comes too late. */
+  refusal: (() => AmbientError) | undefined
+  /** The name of its savepoint. */
+  name = ''
+
+  constructor(parent?: Level) {
+    this.parent = parent
+  }
+}
+
+/** What a transaction needs of its session. */
+export interface TransactionHost<Connection> {
+  readonly id: number
+  readonly contextId: number
+  readonly name: string
+  readonly acquireTimeout: number
+  readonly settleTimeout: number
+  lease(): Promise<Lease<Connection>>
+  /** Gives the connection back; `broken` destroys it. */
+  release(lease: Lease<Connection>, broken?: Error): Promise<void>
+  /** Runs the database's `afterBegin` hook, if there is one. */
+  readonly afterBegin: (() => Promise<void>) | undefined
+}
+
+/** One transaction of a session, from before BEGIN to its end, on one connection. Calls come one at a time. */
+export class Transaction<Connection> {
+  readonly root = new Level()
+  settings: TransactionSettings
+  /** Statements run on their own, without a transaction, until a block or `begin` opens one. */
+  autocommit: boolean
+  /** A block of the user's said how it begins, so nested options must agree though nothing is open yet. */
+  claimed = false
+  /** The database's own `beforeCommit` hook has run. */
+  prepared = false
+  /** What is at the database now. */
+  #wire: Promise<unknown> | undefined
+  #lastActivity = 0
+  readonly #host: TransactionHost<Connection>
+  #lease: Lease<Connection> | undefined
+  #begun: Promise<void> | undefined
+  #savepoints = 0
+  #startedAt = 0
+
+  constructor(host: TransactionHost<Connection>, options: TransactionOptions) {
+    this.#host = host
+    this.autocommit = options === 'autocommit'
+    this.settings = options === 'autocommit' ? {} : options
+  }
+
+  get opened(): boolean {
+    return this.root.opened
+  }
+
+  get atDatabase(): boolean {
+    return this.#wire !== undefined
+  }
+
+  get lastActivity(): number {
+    return this.#lastActivity
+  }
+
+  get holdsConnection(): boolean {
+    return this.#lease !== undefined
+  }
+
+  /** The savepoint levels and the root must still be able to commit; throws `AMBIENT_TRANSACTION_ABORTED` if not. */
+  assertUsable(level: Level): void {
+    if (this.#lease?.lost) this.root.failure ??= { what: lostWhat, cause: this.#lease.lost }
+    for (let each: Level | undefined = level; each; each = each.parent) {
+      if (each.refusal) throw each.refusal()
+      if (each.failure) throw this.#aborted(each.failure)
+    }
+  }
+
+  /** Checks options against a transaction that is open, or adopts them for one that is not (A7). */
+  agree(settings: TransactionSettings): void {
+    if (!this.opened && !this.claimed) {
+      this.settings = { ...this.settings, ...settings }
+      return
+    }
+    const open = this.settings
+    const differs =
+      (settings.isolationLevel !== undefined && settings.isolationLevel !== open.isolationLevel) ||
+      (settings.readOnly !== undefined && settings.readOnly !== (open.readOnly ?? false)) ||
+      (settings.deferrable !== undefined && settings.deferrable !== (open.deferrable ?? false))
+    if (differs) {
+      throw new AmbientError(
+        'AMBIENT_TRANSACTION_OPTIONS',
+        `A transaction with ${JSON.stringify(open)} is open, and ${JSON.stringify(settings)} was asked for.`,
+        { database: this.#host.name },
+      )
+    }
+  }
+
+  /** Opens `level` and what surrounds it, then runs `statement`. */
+  async run<Result>(level: Level, statement: (connection: Connection) => Promise<Result>): Promise<Result> {
+    this.assertUsable(level)
+    if (this.autocommit && !this.opened) return this.#alone(level, statement)
+    if (!level.opened) await this.open(level)
+    const lease = this.#lease as Lease<Connection> // an open level has one
+    let unsent = true
+    try {
+      const running = statement(lease.connection)
+      unsent = false
+      const result = await this.#onWire(running)
+      if (this.#begun) await this.#checkBegin()
+      this.#verify(level, lease)
+      return result
+    } catch (error) {
+      if (!unsent) this.#statementFailed(level, lease, error)
+      throw error
+    }
+  }
+
+  /** Takes the connection for a stream; the caller says when it ends. */
+  async openStream(level: Level, until: Promise<void>): Promise<{ connection: Connection; fail(error: unknown): void }> {
+    this.assertUsable(level)
+    const alone = this.autocommit && !this.opened
+    if (!alone && !level.opened) await this.open(level)
+    if (this.#begun) await this.#checkBegin()
+    const lease = alone ? await this.#host.lease() : (this.#lease as Lease<Connection>)
+    if (alone) void until.then(() => this.#releaseAlone(lease))
+    return {
+      connection: lease.connection,
+      fail: (error) => {
+        if (!alone) this.#statementFailed(level, lease, error)
+      },
+    }
+  }
+
+  /** Makes sure that `level` is open on the server. */
+  async open(level: Level): Promise<void> {
+    if (level.opened) return
+    if (!level.parent) return this.#begin()
+    await this.open(level.parent)
+    this.assertUsable(level)
+    if (this.#begun) await this.#checkBegin()
+    const { adapter, connection } = this.#lease as Lease<Connection> // the parent is open
+    level.name = `ambient_${++this.#savepoints}`
+    try {
+      await this.#onWire(adapter.savepoint(connection, level.name))
+    } catch (error) {
+      this.#statementFailed(level.parent, this.#lease as Lease<Connection>, error)
+      throw error
+    }
+    level.opened = true
+  }
+
+  async #begin(): Promise<void> {
+    const startedAt = performance.now()
+    const lease = await this.#host.lease()
+    try {
+      if (this.root.refusal) throw this.root.refusal()
+      const begin = () => this.#bounded(lease.adapter.begin(lease.connection, this.settings))
+      const bare = Object.values(this.settings).every((value) => value === undefined)
+      if (bare && !this.#host.afterBegin && lease.adapter.mayPipelineBegin?.(lease.connection)) {
+        this.#begun = begin()
+        this.#begun.catch(() => {}) // looked at after the statement that travels with it
+      } else {
+        await this.#onWire(retryBusy(begin, lease, this.#host.acquireTimeout))
+      }
+      if (this.root.refusal) throw this.root.refusal()
+    } catch (error) {
+      await this.#cleanUp(lease, error)
+      throw error
+    }
+    this.#lease = lease
+    this.#startedAt = startedAt
+    this.root.opened = true
+    this.#publish('begun')
+    if (!this.#host.afterBegin) return
+    try {
+      await this.#host.afterBegin()
+      this.assertUsable(this.root)
+    } catch (error) {
+      this.root.opened = false
+      this.root.failure = undefined
+      this.#lease = undefined
+      await this.#cleanUp(lease, error)
+      throw error
+    }
+  }
+
+  /** A pipelined BEGIN that failed left its statement outside any transaction. */
+  async #checkBegin(): Promise<void> {
+    try {
+      await this.#begun
+    } catch (cause) {
+      this.root.failure ??= { what: `BEGIN failed, so the statement behind it may have committed.`, cause, outcome: 'unknown' }
+      throw this.#aborted(this.root.failure)
+    } finally {
+      this.#begun = undefined
+    }
+  }
+
+  /** A statement without a transaction, on a connection of its own. */
+  async #alone<Result>(level: Level, statement: (connection: Connection) => Promise<Result>): Promise<Result> {
+    const lease = await this.#host.lease()
+    let broken: Error | undefined
+    this.#lease = lease
+    try {
+      if (level.refusal) throw level.refusal()
+      return await this.#onWire(statement(lease.connection))
+    } catch (error) {
+      if (lease.adapter.traits(error).reply === 'unanswered') broken = asError(error)
+      throw error
+    } finally {
+      this.#lease = undefined
+      await this.#releaseAlone(lease, broken)
+    }
+  }
+
+  /** SQL of the user's may have left a transaction open on the connection. */
+  async #releaseAlone(lease: Lease<Connection>, broken?: Error): Promise<void> {
+    const status = lease.adapter.transactionStatus?.(lease.connection)
+    if (!broken && (status === 'open' || status === 'aborted')) await this.#cleanUp(lease, undefined)
+    else await this.#host.release(lease, broken)
+  }
+
+  /** What an answer says about the transaction beyond the statement (S10). */
+  #verify(level: Level, { adapter, connection }: Lease<Connection>): void {
+    const status = adapter.transactionStatus?.(connection)
+    if (status === 'none') this.root.failure ??= { what: endedWhat, cause: undefined, outcome: 'unknown' }
+    else if (status === 'aborted') level.failure ??= { what: 'A statement failed.', cause: undefined, outcome: 'rolled-back' }
+  }
+
+  #statementFailed(level: Level, lease: Lease<Connection>, error: unknown): void {
+    const { reply } = lease.adapter.traits(error)
+    if (lease.lost) {
+      this.root.failure ??= { what: lostWhat, cause: error }
+    } else if (reply === 'unanswered') {
+      this.root.failure ??= { what: 'A statement got no answer.', cause: error }
+    } else if (reply === 'answered') {
+      if (lease.capabilities.failedStatementAborts) {
+        level.failure ??= { what: 'A statement failed.', cause: error, outcome: 'rolled-back' }
+      } else if (lease.adapter.transactionStatus?.(lease.connection) === 'none') {
+        this.root.failure ??= { what: 'The engine rolled the transaction back.', cause: error, outcome: 'rolled-back' }
+      }
+    }
+  }
+
+  /** Marks `level` as unable to commit because of `error` thrown in a joined block (A1). */
+  doom(level: Level, error: unknown): void {
+    level.failure ??= { what: 'A block that had joined it threw.', cause: error }
+  }
+
+  /**
+   * Sends COMMIT. The transaction has ended whatever comes of it, except that one which cannot commit is left for a rollback.
+   *
+   * @throws `AMBIENT_TRANSACTION_ABORTED`, `AMBIENT_COMMIT_UNKNOWN`, or the server's own error.
+   */
+  async commit(): Promise<void> {
+    this.assertUsable(this.root)
+    if (this.#begun) await this.#checkBegin()
+    const lease = this.#lease
+    if (!lease || !this.opened) return
+    const commit = () => this.#bounded(lease.adapter.commit(lease.connection))
+    try {
+      const answer = await this.#onWire(retryBusy(commit, lease, this.#host.acquireTimeout))
+      this.#lease = undefined
+      await this.#host.release(lease)
+      if (answer === 'committed') return this.#publish('committed')
+      this.#publish('rolled-back')
+    } catch (error) {
+      this.#lease = undefined
+      if (lease.adapter.traits(error).reply === 'answered') {
+        this.#publish('failed', error)
+        await this.#cleanUp(lease, error)
+        throw error
+      }
+      const unknown = new AmbientError('AMBIENT_COMMIT_UNKNOWN', 'The answer to COMMIT never came.', {
+        database: this.#host.name,
+        outcome: 'unknown',
+        cause: error,
+      })
+      this.#publish('unknown', unknown)
+      await this.#host.release(lease, asError(error))
+      throw unknown
+    }
+    throw this.#aborted({ what: 'The server answered COMMIT with ROLLBACK.', cause: undefined, outcome: 'rolled-back' })
+  }
+
+  /**
+   * Sends ROLLBACK. In any case nothing can be committed any more: a connection that does not answer is destroyed.
+   *
+   * @returns whether the server said that it rolled back (or there was nothing to roll back).
+   */
+  async rollback(error?: unknown): Promise<boolean> {
+    const lease = this.#lease
+    if (!lease || !this.opened) return true
+    this.#lease = undefined
+    const { failure } = this.root
+    if (failure?.outcome === 'unknown') attachCleanupError(error, this.#aborted(failure))
+    const said = await this.#cleanUp(lease, error)
+    return said && failure?.outcome !== 'unknown'
+  }
+
+  /** Shows the connection clean by an answered ROLLBACK, or destroys it (S7). */
+  async #cleanUp(lease: Lease<Connection>, error: unknown): Promise<boolean> {
+    try {
+      if (lease.lost) throw lease.lost
+      await this.#onWire(this.#bounded(lease.adapter.rollback(lease.connection)))
+      this.#publish('rolled-back', error)
+    } catch (second) {
+      attachCleanupError(error, second)
+      this.#publish('cleanup-failed', second)
+      await this.#host.release(lease, asError(second))
+      return false
+    }
+    await this.#host.release(lease)
+    return true
+  }
+
+  /** Keeps the work of a savepoint, or undoes it and throws if it cannot be kept. */
+  async releaseLevel(level: Level): Promise<void> {
+    const failure = level.failure
+    if (failure) {
+      await this.rollbackLevel(level)
+      throw this.#aborted(failure)
+    }
+    this.assertUsable(level)
+    const parent = level.parent as Level // only savepoints are released
+    if (level.opened) {
+      const lease = this.#lease as Lease<Connection> // an open level has one
+      try {
+        await this.#onWire(lease.adapter.releaseSavepoint(lease.connection, level.name))
+        this.#verify(parent, lease)
+      } catch (error) {
+        this.#statementFailed(parent, lease, error)
+        throw error
+      }
+    }
+    level.opened = false
+    moveHooks(level.hooks, parent.hooks)
+  }
+
+  /** Undoes the work of a savepoint. If the server does not say so, the whole transaction can only be rolled back. */
+  async rollbackLevel(level: Level, keep = false): Promise<void> {
+    const lease = this.#lease
+    if (level.opened && lease && !lease.lost && !this.root.failure) {
+      try {
+        await this.#onWire(this.#bounded(lease.adapter.rollbackTo(lease.connection, level.name)))
+        if (!keep) await this.#onWire(this.#bounded(lease.adapter.releaseSavepoint(lease.connection, level.name)))
+      } catch (error) {
+        this.root.failure ??= { what: 'Rolling back to a savepoint failed.', cause: error }
+      }
+    }
+    level.failure = undefined
+    if (!keep) level.opened = false
+    dropHooks(level.hooks)
+  }
+
+  /** Awaits what is at the database. With `cancel`, asks the server to stop it, or destroys the connection. */
+  async stop(cancel: boolean): Promise<void> {
+    const lease = this.#lease
+    const wire = this.#wire
+    if (!wire || !lease) return
+    if (cancel) await lease.interrupt(wire)
+    else await bounded(wire.catch(() => {}), this.#host.settleTimeout, () => undefined).catch(() => lease.interrupt(wire))
+  }
+
+  async #onWire<Result>(answer: Promise<Result>): Promise<Result> {
+    this.#wire = answer
+    try {
+      return await answer
+    } finally {
+      this.#wire = undefined
+      this.#lastActivity = performance.now()
+    }
+  }
+
+  #bounded<Result>(answer: Promise<Result>): Promise<Result> {
+    const timeout = this.#host.settleTimeout
+    return bounded(answer, timeout, () => new Error(`The server did not answer within ${timeout} ms.`))
+  }
+
+  #aborted({ what, cause, outcome }: Failure): AmbientError {
+    return new AmbientError('AMBIENT_TRANSACTION_ABORTED', what, { database: this.#host.name, cause, outcome })
+  }
+
+  #publish(type: 'begun' | 'committed' | 'rolled-back' | 'failed' | 'unknown' | 'cleanup-failed', error?: unknown): void {
+    if (!transactionChannel.hasSubscribers) return
+    const { id: sessionId, contextId, name: database } = this.#host
+    const duration = performance.now() - this.#startedAt
+    transactionChannel.publish({ type, sessionId, contextId, database, duration, error })
+  }
+}
+
+/** SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). */
+async function retryBusy<Result, Connection>(
+  act: () => Promise<Result>,
+  lease: Lease<Connection>,
+  timeout: number,
+): Promise<Result> {
+  const deadline = performance.now() + timeout
+  for (let wait = 1; ; wait = Math.min(wait * 2, 50)) {
+    try {
+      return await act()
+    } catch (error) {
+      if (!lease.adapter.traits(error).busy || performance.now() + wait > deadline) throw error
+    }
+    await sleep(wait * (0.5 + Math.random() / 2))
+  }
+}
+
+function asError(error: unknown): Error {
+  return error instanceof Error ? error : new Error(String(error))
+}
