@@ -48,6 +48,7 @@ export interface ErrorTraits {
 /**
  * How one library's connections, transactions and handle work. An adapter is naive: it does what it is told, once, on the
  * connection it is given; the order of calls, waiting, fences and clean-up belong to the session.
+ * It is a plain object whose functions do not use `this`, so that a library's adapter can be a driver's with another handle.
  * Each call is made outside any async context unless said otherwise. `ambient-db/conformance` holds the suite to pass.
  */
 export interface Adapter<Handle, Engine, Connection> {
@@ -95,6 +96,12 @@ export interface Adapter<Handle, Engine, Connection> {
    * Absent, or `undefined` as the answer, where the driver cannot tell.
    */
   transactionStatus?(connection: Connection): 'open' | 'aborted' | 'none' | undefined
+
+  /**
+   * Asks the engine itself whether the transaction is still open, after a failed statement. Needed where a failed statement
+   * does not abort the transaction, but some end it (SQLite), and `transactionStatus` cannot tell.
+   */
+  probeTransaction?(connection: Connection): Promise<'open' | 'none'>
 
   /** Whether BEGIN without settings may be sent without waiting for its answer. Default is no. */
   mayPipelineBegin?(connection: Connection): boolean

@@ -125,6 +125,13 @@ export interface DatabaseCore<Connection> {
   contextEnded(owner: Context): AmbientError
 }
 
+const statementsKey = Symbol.for('ambient-db.statements')
+
+/** The ambient statements of a database, for one more handle over it. The caller knows the type of its connections. */
+export function statementsOf<Connection>(database: AmbientDatabase<unknown, unknown>): Statements<Connection> {
+  return (database as Partial<Database<unknown, unknown, Connection>>)[statementsKey] as Statements<Connection> // each has them
+}
+
 let databases = 0
 
 /**
@@ -162,6 +169,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   readonly engines: Engines<Connection>
   readonly sessions = new Set<Session<Connection>>()
   readonly db: Handle
+  readonly [statementsKey]: Statements<Connection>
   readonly #options: DatabaseOptions<Handle, Engine, Connection>
   readonly #transaction: TransactionOptions
   #preparing: Promise<unknown> | undefined
@@ -177,7 +185,8 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     this.trace = options.trace ?? process.env.AMBIENT_DB_TRACE === '1'
     this.#transaction = options.transaction ?? {}
     this.engines = new Engines(options.adapter as Adapter<unknown, unknown, Connection>, this, options.host) // used with its own engines only
-    this.db = options.adapter.createHandle(this.#ambientStatements())
+    this[statementsKey] = this.#ambientStatements()
+    this.db = options.adapter.createHandle(this[statementsKey])
   }
 
   get host(): string | undefined {
@@ -235,7 +244,9 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   #session(): Session<Connection> {
     const context = currentScope()?.context
     if (!context) {
-      throw new AmbientError('AMBIENT_NO_CONTEXT', 'A session was asked for outside any context.', { database: this.name })
+      throw new AmbientError('AMBIENT_NO_CONTEXT', 'A session was asked for outside any context.', {
+        database: this.name,
+      })
     }
     const known = context.peek(this) as Session<Connection> | undefined // only this database puts one under its key
     if (known) return known
@@ -249,8 +260,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   }
 
   #ambientStatements(): Statements<Connection> {
-    const of = (block?: NativeBlock) =>
-      (block as NativeTransaction<Connection> | undefined)?.session ?? this.#session() // blocks come from createBlock below
+    const of = (block?: NativeBlock) => (block as NativeTransaction<Connection> | undefined)?.session ?? this.#session() // blocks come from createBlock below
     return {
       host: () => this.host,
       run: (statement, block) => {
@@ -288,7 +298,9 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     if (!beforeSession) return
     for (const scope of enclosingScopes()) {
       if (scope.preparing !== this) continue
-      throw new AmbientError('AMBIENT_BEFORE_SESSION', 'It was used inside its own `beforeSession`.', { database: this.name })
+      throw new AmbientError('AMBIENT_BEFORE_SESSION', 'It was used inside its own `beforeSession`.', {
+        database: this.name,
+      })
     }
     this.#preparing ??= runInScope({ parent: undefined, context: undefined, preparing: this }, async () =>
       beforeSession(this),

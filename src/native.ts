@@ -1,6 +1,6 @@
 import type { NativeBlock, TransactionSettings } from './adapter.ts'
 import { Block } from './atomic.ts'
-import { currentScope, enclosingScopes, runInScope } from './context.ts'
+import { type Context, currentScope, enclosingScopes, runInScope, type Scope } from './context.ts'
 import { AmbientError } from './errors.ts'
 import { moveHooks } from './hooks.ts'
 import type { Session } from './session.ts'
@@ -8,31 +8,29 @@ import { Level, type Transaction } from './transaction.ts'
 
 /** A transaction that a library's own code begins and ends: a block of the session, as a savepoint (A4). */
 export class NativeTransaction<Connection> implements NativeBlock {
-  block: Block<Connection>
+  /** Made by `begin`: a query alone needs none. */
+  block: Block<Connection> | undefined
   readonly session: Session<Connection>
-  readonly #savepoints = new Map<string, Level>()
+  /** The scope of what is entered; begin puts the block into it. */
+  #scope: { parent: Scope | undefined; context: Context | undefined; block?: Block<Connection> } | undefined
+  #savepoints: Map<string, Level> | undefined
   #finish: (outcome: 'commit' | 'rollback') => void = () => {}
   #turn: Promise<void> | undefined
 
   constructor(session: Session<Connection>) {
     this.session = session
-    this.block = this.#newBlock()
-  }
-
-  #newBlock(): Block<Connection> {
-    const block = new Block(this.session, 'native transaction', this.session.transaction.root, currentScope())
-    block.begun = false
-    return block
   }
 
   enter<Result>(work: () => Result): Result {
-    return runInScope(this.block.scope, work)
+    const parent = currentScope()
+    this.#scope ??= { parent, context: parent?.context }
+    return runInScope(this.#scope, work)
   }
 
   begin(settings: TransactionSettings = {}): Promise<void> {
     const { session } = this
     const refuse = (error: AmbientError) => Promise.reject(error)
-    if (this.#turn && this.block.live) {
+    if (this.block?.live) {
       const what = 'A transaction was begun twice on one client.'
       return refuse(new AmbientError('AMBIENT_TRANSACTION_OPEN', what, { database: session.name }))
     }
@@ -41,14 +39,14 @@ export class NativeTransaction<Connection> implements NativeBlock {
     } catch (error) {
       return refuse(error as AmbientError) // assertAccepts throws nothing else
     }
-    if (this.#turn) {
-      this.block = this.#newBlock()
-      this.#savepoints.clear()
-    }
-    const { block } = this
+    const block = new Block(session, 'native transaction', session.transaction.root, currentScope())
+    block.begun = false
+    this.block = block
+    this.#savepoints = undefined
     const enclosing = session.enclosingBlock()
     const lane = enclosing?.inner ?? session.lane
-    if (![...enclosingScopes()].includes(block.scope)) block.exclusive = 'transaction'
+    if (this.#scope && [...enclosingScopes()].includes(this.#scope)) this.#scope.block = block
+    else block.exclusive = 'transaction'
     const finished = new Promise<'commit' | 'rollback'>((resolve) => {
       this.#finish = resolve
     })
@@ -63,20 +61,25 @@ export class NativeTransaction<Connection> implements NativeBlock {
         block.level = owns ? transaction.root : new Level(outer)
         block.begun = true
         resolve()
-        await this.#settle(transaction, owns, await finished)
+        await this.#settle(block, transaction, owns, await finished)
       }
       this.#turn = session.inTurn(lane, block, turn)
       this.#turn.catch(reject)
     })
   }
 
-  async #settle(transaction: Transaction<Connection>, owns: boolean, outcome: 'commit' | 'rollback'): Promise<void> {
-    const { session, block } = this
-    const base = owns ? transaction.root : this.#base()
+  async #settle(
+    block: Block<Connection>,
+    transaction: Transaction<Connection>,
+    owns: boolean,
+    outcome: 'commit' | 'rollback',
+  ): Promise<void> {
+    const { session } = this
+    const base = owns ? transaction.root : this.#base(block)
     try {
       if (outcome === 'commit') await block.join()
       await block.end()
-      this.#merge(base)
+      mergeLevels(block.level, base)
       if (outcome === 'rollback') await this.#undo(transaction, owns, base)
       else if (owns) await session.commitNow()
       else await transaction.releaseLevel(base)
@@ -103,53 +106,59 @@ export class NativeTransaction<Connection> implements NativeBlock {
   }
 
   savepoint(name: string): Promise<void> {
-    return this.#control('SAVEPOINT', async () => {
-      const level = new Level(this.block.level)
+    return this.#control('SAVEPOINT', async (block) => {
+      const level = new Level(block.level)
       await this.session.transaction.open(level)
+      this.#savepoints ??= new Map()
       this.#savepoints.set(name, level)
-      this.block.level = level
+      block.level = level
     })
   }
 
   rollbackTo(name: string): Promise<void> {
-    return this.#control('ROLLBACK TO SAVEPOINT', async () => {
+    return this.#control('ROLLBACK TO SAVEPOINT', async (block) => {
       const level = this.#named(name)
       await this.session.transaction.rollbackLevel(level, true)
-      this.block.level = level
+      block.level = level
     })
   }
 
   releaseSavepoint(name: string): Promise<void> {
-    return this.#control('RELEASE SAVEPOINT', async () => {
+    return this.#control('RELEASE SAVEPOINT', async (block) => {
       const level = this.#named(name)
-      this.#merge(level)
-      this.block.level = level.parent as Level // a named savepoint has one
+      mergeLevels(block.level, level)
+      block.level = level.parent as Level // a named savepoint has one
+      this.#savepoints?.delete(name)
       await this.session.transaction.releaseLevel(level)
-      this.#savepoints.delete(name)
     })
   }
 
-  #control(label: string, act: () => Promise<void>): Promise<void> {
-    return this.block.inner.run({ label, place: this.session.place() }, act)
+  #control(label: string, act: (block: Block<Connection>) => Promise<void>): Promise<void> {
+    const { block, session } = this
+    if (block) return block.inner.run({ label, place: session.place() }, () => act(block))
+    const what = `${label} was sent without a transaction on its client.`
+    return Promise.reject(new AmbientError('AMBIENT_TRANSACTION_CONTROL', what, { database: session.name }))
   }
 
   #named(name: string): Level {
-    const level = this.#savepoints.get(name)
+    const level = this.#savepoints?.get(name)
     if (level) return level
-    throw new AmbientError('AMBIENT_INVALID_ARGUMENT', `There is no savepoint '${name}'.`, { database: this.session.name })
-  }
-
-  /** Named savepoints that are still open inside `level` become part of it. */
-  #merge(level: Level): void {
-    for (let each = this.block.level; each !== level && each.parent; each = each.parent) {
-      if (each.failure) each.parent.failure ??= each.failure
-      moveHooks(each.hooks, each.parent.hooks)
-    }
+    throw new AmbientError('AMBIENT_INVALID_ARGUMENT', `There is no savepoint '${name}'.`, {
+      database: this.session.name,
+    })
   }
 
   /** The savepoint of the block itself. */
-  #base(): Level {
-    const first = this.#savepoints.values().next().value
-    return first?.parent ?? this.block.level
+  #base(block: Block<Connection>): Level {
+    const first: Level | undefined = this.#savepoints?.values().next().value
+    return first?.parent ?? block.level
+  }
+}
+
+/** Named savepoints that are still open inside `outer` become part of it. */
+function mergeLevels(inner: Level, outer: Level): void {
+  for (let each = inner; each !== outer && each.parent; each = each.parent) {
+    if (each.failure) each.parent.failure ??= each.failure
+    moveHooks(each.hooks, each.parent.hooks)
   }
 }

@@ -15,12 +15,12 @@ const observed = ['on', 'emit'] as const
 type Sender = (typeof senders)[number]
 type Guarded = Sender | (typeof others)[number] | (typeof observed)[number]
 
-const key = Symbol.for('ambient-db.response')
+const key: unique symbol = Symbol.for('ambient-db.response')
 
 /** What the guard needs of a response: `http` and the compatibility API of `http2` have it in common. */
 export interface GuardedResponse extends Record<Guarded, Method> {
   statusCode: number
-  statusMessage: string
+  statusMessage: string | undefined
   sendDate: boolean
   readonly headersSent: boolean
   readonly writableEnded: boolean
@@ -63,6 +63,7 @@ export class ResponseGuard {
   readonly #methods: Record<Guarded, Method>
   readonly #headers: Record<string, OutgoingHttpHeader | undefined>
   readonly #status: number
+  readonly #statusMessage: string | undefined
   readonly #emitRequest: Method
   /** The status that `writeHead` was given. */
   #head: number | undefined
@@ -96,6 +97,7 @@ export class ResponseGuard {
     }
     this.#headers = copyHeaders(response.getHeaders())
     this.#status = response.statusCode
+    this.#statusMessage = request.httpVersionMajor === 2 ? undefined : response.statusMessage // http2 has none, and warns
     this.#emitRequest = request.emit
     response[key] = this
     Object.assign(response, intercepted)
@@ -112,7 +114,7 @@ export class ResponseGuard {
     } else if (this.#state === 'holding') {
       this.#failure ??= { error } // the answer is given up, unless COMMIT has been sent already
       this.#context.abort(new AmbientError('AMBIENT_ABORTED', 'The handler threw after its answer.', { cause: error }))
-    } else {
+    } else if (!this.#isAbortion(error)) {
       detach(() => this.#answering.onFailure(error))
     }
   }
@@ -128,7 +130,7 @@ export class ResponseGuard {
         assertChunk(args[0])
         return this.#send(name, args)
       case 'end':
-        if (args[0] != null && typeof args[0] !== 'function') assertChunk(args[0])
+        if (args[0] && typeof args[0] !== 'function') assertChunk(args[0])
         this.#send(name, args)
         this.#ended = true
         return this.#response
@@ -153,6 +155,7 @@ export class ResponseGuard {
   emit(args: unknown[]): unknown {
     if (args[0] === 'close') this.#onClose()
     else if (args[0] === 'pipe') this.#sources.push(args[1] as Source)
+    else if (args[0] === 'unpipe') this.#sources = this.#sources.filter((source) => source !== args[1])
     return runInScope(this.#context.scope, () => this.#pass('emit', args))
   }
 
@@ -245,12 +248,12 @@ export class ResponseGuard {
   #released(): void {
     try {
       this.#release()
-      if (this.#owesDrain && !this.#ended) this.#drain()
-      if (this.#failure) throw this.#failure.error
     } catch (error) {
-      if (this.#native('headersSent')) detach(() => this.#answering.onFailure(error))
-      else this.#fail(error) // committed, but the head cannot be sent as it is
+      this.#fail(error) // committed, but Node cannot send this answer
+      return
     }
+    if (this.#owesDrain && !this.#ended) this.#drain()
+    if (this.#failure) detach(() => this.#answering.onFailure(this.#failure?.error))
   }
 
   #drain(): void {
@@ -260,28 +263,27 @@ export class ResponseGuard {
 
   /** Takes the answer back and hands the response over as it was when the request came in. */
   #fail(error: unknown): void {
-    const response = this.#response
-    const gone = error === this.#context.abortion && !this.#failure
+    const gone = !this.#failure && this.#isAbortion(error)
     this.#failure ??= { error }
     this.#state = 'failed'
-    Object.assign(response, intercepted, sealed, { on: this.#methods.on, emit: this.#methods.emit })
+    Object.assign(this.#response, intercepted, sealed, { on: this.#methods.on, emit: this.#methods.emit })
     this.#request.emit = this.#emitRequest
     for (const [name, args] of this.#held.splice(0)) this.#ignore(name, args)
-    this.#restoreHead()
+    if (!this.#native('headersSent')) this.#restoreHead()
     this.#context.run(() => this.#endSources())
-    if (gone) return // nobody is left to be answered
-    detach(() => this.#answering.onFailure(this.#failure?.error))
+    if (!gone) detach(() => this.#answering.onFailure(this.#failure?.error))
   }
 
   #restoreHead(): void {
     const response = this.#response
-    for (const name of Object.keys(response.getHeaders())) if (!(name in this.#headers)) response.removeHeader(name)
-    for (const [name, value] of Object.entries(this.#headers)) {
-      if (response.getHeaders()[name] !== value) response.setHeader(name, value)
+    const headers = response.getHeaders()
+    for (const name in headers) if (!(name in this.#headers)) this.#pass('removeHeader', [name])
+    for (const name in this.#headers) {
+      if (headers[name] !== this.#headers[name]) this.#pass('setHeader', [name, this.#headers[name]])
     }
     response.statusCode = this.#status
     response.sendDate = true
-    if (this.#request.httpVersionMajor !== 2) response.statusMessage = '' // http2 has none, and warns
+    if (this.#request.httpVersionMajor !== 2) response.statusMessage = this.#statusMessage
   }
 
   /** Destroyed without an error: it would be an uncaught one where nobody listens. The request must live to be answered. */
@@ -304,6 +306,12 @@ export class ResponseGuard {
     if (this.#state !== 'open' && this.#state !== 'holding') return
     if (this.#state === 'open') this.#state = 'passing'
     this.#context.abort(new AmbientError('AMBIENT_ABORTED', 'The client went away before it was answered.'))
+  }
+
+  /** Whether `error` says no more than that the client is gone. */
+  #isAbortion(error: unknown): boolean {
+    const { abortion } = this.#context
+    return abortion !== undefined && (error === abortion || (error as Error | undefined)?.cause === abortion)
   }
 
   /** Whether the running code belongs to the context that failed. */

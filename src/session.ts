@@ -185,21 +185,16 @@ export class Session<Connection>
     const occupant: Occupant = { label: 'a stream', place: this.place(), exclusive: 'stream' }
     return new Promise<OpenStream<Connection>>((resolve, reject) => {
       const turn = async () => {
-        let close = () => {}
-        const closed = new Promise<void>((end) => {
+        let close: OpenStream<Connection>['close'] = () => {}
+        const closed = new Promise<unknown>((end) => {
           close = end
         })
         const { connection, fail } = await this.transaction.openStream(block?.level ?? this.transaction.root, closed)
         this.#destroyStream = destroy
         if (this.#streamEnd) destroy(this.#streamEnd)
-        resolve({
-          connection,
-          close: (error) => {
-            if (error !== undefined) fail(error)
-            close()
-          },
-        })
-        await closed
+        resolve({ connection, close })
+        const failure = await closed
+        if (failure !== undefined) await fail(failure)
         this.#destroyStream = undefined
         this.#streamEnd = undefined
       }
@@ -354,14 +349,22 @@ export class Session<Connection>
 
   blockEnded(block: Block<Connection>): AmbientError {
     const where = block.place ? `\n${block.label} was started\n${block.place}\n` : ''
-    return new AmbientError('AMBIENT_BLOCK_ENDED', `${capital(block.label)} has ended.${where}`, { database: this.name })
+    return new AmbientError('AMBIENT_BLOCK_ENDED', `${capital(block.label)} has ended.${where}`, {
+      database: this.name,
+    })
   }
 
   refuseBehind(holder: Occupant, waiter: Occupant): AmbientError {
     const details = { database: this.name }
-    const places = [holder, waiter].map(({ label, place }) => (place ? `\n${label} was started\n${place}` : '')).join('')
+    const places = [holder, waiter]
+      .map(({ label, place }) => (place ? `\n${label} was started\n${place}` : ''))
+      .join('')
     if (holder.exclusive === 'stream') {
-      return new AmbientError('AMBIENT_STREAM_OPEN', `A stream is open, so ${waiter.label} was refused.${places}`, details)
+      return new AmbientError(
+        'AMBIENT_STREAM_OPEN',
+        `A stream is open, so ${waiter.label} was refused.${places}`,
+        details,
+      )
     }
     const why = holder.exclusive
       ? 'is open and cannot be told from other work'
@@ -390,7 +393,8 @@ export class Session<Connection>
       await transaction.rollbackLevel(level)
       throw error
     } finally {
-      level.refusal ??= () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: this.name })
+      level.refusal ??= () =>
+        new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: this.name })
     }
   }
 
@@ -456,7 +460,8 @@ export class Session<Connection>
   /** A transaction has ended: the next statement opens a new one. */
   #renew(when: 'afterCommit' | 'afterRollback' | undefined, opened: boolean, dropHooks = false): void {
     const { root } = this.transaction
-    root.refusal ??= () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.name })
+    root.refusal ??= () =>
+      new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.name })
     this.transaction = new Transaction(this, this.#settings.transaction)
     if (!when || dropHooks) return
     const own = opened ? this.#database.hooks[when] : undefined
@@ -573,7 +578,10 @@ export class Session<Connection>
     this.#publish('closed')
   }
 
-  #publish(type: 'opened' | 'acquired' | 'released' | 'destroyed' | 'closed' | 'refused' | 'statement', more = {}): void {
+  #publish(
+    type: 'opened' | 'acquired' | 'released' | 'destroyed' | 'closed' | 'refused' | 'statement',
+    more = {},
+  ): void {
     if (!sessionChannel.hasSubscribers) return
     sessionChannel.publish({ type, sessionId: this.id, contextId: this.contextId, database: this.name, ...more })
   }

@@ -13,7 +13,8 @@ export type TransactionControl =
 const candidate = /^\s*(?:begin|start|commit|end|rollback|abort|savepoint|release)\b/i
 const noise = /(?:\s+(?:work|transaction))?(?:\s+and\s+no\s+chain)?$/
 const savepoint = /^(savepoint|rollback to|release)(?: savepoint)? (?:"([^"]+)"|(\w+))$/
-const modes = /^(?:isolation level (?:serializable|repeatable read|read committed|read uncommitted)|read only|read write|(?:not )?deferrable)$/
+const modes =
+  /^(?:isolation level (?:serializable|repeatable read|read committed|read uncommitted)|read only|read write|(?:not )?deferrable)$/
 
 /** Reads one statement of transaction control; `undefined` for any other SQL. `'other'` is control that a session cannot do. */
 export function parseTransactionControl(text: string): TransactionControl | undefined {
@@ -40,7 +41,9 @@ function beginning(text = ''): TransactionControl {
   const settings = {
     ...(level && { isolationLevel: level as NonNullable<TransactionSettings['isolationLevel']> }), // `modes` has checked it
     ...((words.includes('read only') || words.includes('read write')) && { readOnly: words.includes('read only') }),
-    ...((words.includes('deferrable') || words.includes('not deferrable')) && { deferrable: words.includes('deferrable') }),
+    ...((words.includes('deferrable') || words.includes('not deferrable')) && {
+      deferrable: words.includes('deferrable'),
+    }),
   }
   return { kind: 'begin', settings }
 }

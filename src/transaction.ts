@@ -91,7 +91,7 @@ export class Transaction<Connection> {
   assertUsable(level: Level): void {
     if (this.#lease?.lost) this.root.failure ??= { what: lostWhat, cause: this.#lease.lost }
     for (let each: Level | undefined = level; each; each = each.parent) {
-      if (each.refusal) throw each.refusal()
+      assertLive(each)
       if (each.failure) throw this.#aborted(each.failure)
     }
   }
@@ -131,13 +131,16 @@ export class Transaction<Connection> {
       this.#verify(level, lease)
       return result
     } catch (error) {
-      if (!unsent) this.#statementFailed(level, lease, error)
+      if (!unsent) await this.#statementFailed(level, lease, error)
       throw error
     }
   }
 
   /** Takes the connection for a stream; the caller says when it ends. */
-  async openStream(level: Level, until: Promise<void>): Promise<{ connection: Connection; fail(error: unknown): void }> {
+  async openStream(
+    level: Level,
+    until: Promise<unknown>,
+  ): Promise<{ connection: Connection; fail(error: unknown): Promise<void> }> {
     this.assertUsable(level)
     const alone = this.autocommit && !this.opened
     if (!alone && !level.opened) await this.open(level)
@@ -146,8 +149,8 @@ export class Transaction<Connection> {
     if (alone) void until.then(() => this.#releaseAlone(lease))
     return {
       connection: lease.connection,
-      fail: (error) => {
-        if (!alone) this.#statementFailed(level, lease, error)
+      fail: async (error) => {
+        if (!alone) await this.#statementFailed(level, lease, error)
       },
     }
   }
@@ -164,7 +167,7 @@ export class Transaction<Connection> {
     try {
       await this.#onWire(adapter.savepoint(connection, level.name))
     } catch (error) {
-      this.#statementFailed(level.parent, this.#lease as Lease<Connection>, error)
+      await this.#statementFailed(level.parent, this.#lease as Lease<Connection>, error)
       throw error
     }
     level.opened = true
@@ -174,7 +177,7 @@ export class Transaction<Connection> {
     const startedAt = performance.now()
     const lease = await this.#host.lease()
     try {
-      if (this.root.refusal) throw this.root.refusal()
+      assertLive(this.root)
       const begin = () => this.#bounded(lease.adapter.begin(lease.connection, this.settings))
       const bare = Object.values(this.settings).every((value) => value === undefined)
       if (bare && !this.#host.afterBegin && lease.adapter.mayPipelineBegin?.(lease.connection)) {
@@ -183,7 +186,7 @@ export class Transaction<Connection> {
       } else {
         await this.#onWire(retryBusy(begin, lease, this.#host.acquireTimeout))
       }
-      if (this.root.refusal) throw this.root.refusal()
+      assertLive(this.root)
     } catch (error) {
       await this.#cleanUp(lease, error)
       throw error
@@ -210,7 +213,11 @@ export class Transaction<Connection> {
     try {
       await this.#begun
     } catch (cause) {
-      this.root.failure ??= { what: `BEGIN failed, so the statement behind it may have committed.`, cause, outcome: 'unknown' }
+      this.root.failure ??= {
+        what: `BEGIN failed, so the statement behind it may have committed.`,
+        cause,
+        outcome: 'unknown',
+      }
       throw this.#aborted(this.root.failure)
     } finally {
       this.#begun = undefined
@@ -223,7 +230,7 @@ export class Transaction<Connection> {
     let broken: Error | undefined
     this.#lease = lease
     try {
-      if (level.refusal) throw level.refusal()
+      assertLive(level)
       return await this.#onWire(statement(lease.connection))
     } catch (error) {
       if (lease.adapter.traits(error).reply === 'unanswered') broken = asError(error)
@@ -245,10 +252,11 @@ export class Transaction<Connection> {
   #verify(level: Level, { adapter, connection }: Lease<Connection>): void {
     const status = adapter.transactionStatus?.(connection)
     if (status === 'none') this.root.failure ??= { what: endedWhat, cause: undefined, outcome: 'unknown' }
-    else if (status === 'aborted') level.failure ??= { what: 'A statement failed.', cause: undefined, outcome: 'rolled-back' }
+    else if (status === 'aborted')
+      level.failure ??= { what: 'A statement failed.', cause: undefined, outcome: 'rolled-back' }
   }
 
-  #statementFailed(level: Level, lease: Lease<Connection>, error: unknown): void {
+  async #statementFailed(level: Level, lease: Lease<Connection>, error: unknown): Promise<void> {
     const { reply } = lease.adapter.traits(error)
     if (lease.lost) {
       this.root.failure ??= { what: lostWhat, cause: error }
@@ -257,7 +265,7 @@ export class Transaction<Connection> {
     } else if (reply === 'answered') {
       if (lease.capabilities.failedStatementAborts) {
         level.failure ??= { what: 'A statement failed.', cause: error, outcome: 'rolled-back' }
-      } else if (lease.adapter.transactionStatus?.(lease.connection) === 'none') {
+      } else if ((await stateAfterFailure(lease)) === 'none') {
         this.root.failure ??= { what: 'The engine rolled the transaction back.', cause: error, outcome: 'rolled-back' }
       }
     }
@@ -350,7 +358,7 @@ export class Transaction<Connection> {
         await this.#onWire(lease.adapter.releaseSavepoint(lease.connection, level.name))
         this.#verify(parent, lease)
       } catch (error) {
-        this.#statementFailed(parent, lease, error)
+        await this.#statementFailed(parent, lease, error)
         throw error
       }
     }
@@ -380,7 +388,12 @@ export class Transaction<Connection> {
     const wire = this.#wire
     if (!wire || !lease) return
     if (cancel) await lease.interrupt(wire)
-    else await bounded(wire.catch(() => {}), this.#host.settleTimeout, () => undefined).catch(() => lease.interrupt(wire))
+    else
+      await bounded(
+        wire.catch(() => {}),
+        this.#host.settleTimeout,
+        () => undefined,
+      ).catch(() => lease.interrupt(wire))
   }
 
   async #onWire<Result>(answer: Promise<Result>): Promise<Result> {
@@ -402,12 +415,25 @@ export class Transaction<Connection> {
     return new AmbientError('AMBIENT_TRANSACTION_ABORTED', what, { database: this.#host.name, cause, outcome })
   }
 
-  #publish(type: 'begun' | 'committed' | 'rolled-back' | 'failed' | 'unknown' | 'cleanup-failed', error?: unknown): void {
+  #publish(
+    type: 'begun' | 'committed' | 'rolled-back' | 'failed' | 'unknown' | 'cleanup-failed',
+    error?: unknown,
+  ): void {
     if (!transactionChannel.hasSubscribers) return
     const { id: sessionId, contextId, name: database } = this.#host
     const duration = performance.now() - this.#startedAt
     transactionChannel.publish({ type, sessionId, contextId, database, duration, error })
   }
+}
+
+function assertLive({ refusal }: Level): void {
+  if (refusal) throw refusal()
+}
+
+/** Whether a transaction that survives failed statements is still open after one. */
+async function stateAfterFailure<Connection>({ adapter, connection }: Lease<Connection>): Promise<string | undefined> {
+  if (adapter.probeTransaction) return adapter.probeTransaction(connection)
+  return adapter.transactionStatus?.(connection)
 }
 
 /** SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). */

@@ -1,10 +1,11 @@
 import { EventEmitter } from 'node:events'
 import { connect as connectSocket } from 'node:net'
 import { Client, Pool, type PoolClient, types } from 'pg'
-import { type Adapter, callFactory, type ErrorTraits, type NativeBlock, type Statements } from '../adapter.ts'
+import { type Adapter, callFactory, type NativeBlock, type Statements } from '../adapter.ts'
 import { bindCallback, bindEmitter } from '../context.ts'
 import { AmbientError } from '../errors.ts'
 import { parseTransactionControl, type TransactionControl, transactionModes } from '../sql.ts'
+import { postgresErrorTraits } from '../traits.ts'
 
 /**
  * The adapter for `pg`. The handle is a `pg.Pool` of which every query runs in the session, so whatever is built on a pool can
@@ -87,18 +88,6 @@ export function pgAdapter<Engine extends Pool>(
   }
 }
 
-/** Reads an error of a PostgreSQL server; anything without severity and SQLSTATE is none. */
-export function postgresErrorTraits(error: unknown): ErrorTraits {
-  const { severity, code } = (error ?? {}) as { severity?: unknown; code?: unknown }
-  if (typeof severity !== 'string' || typeof code !== 'string' || !/^[0-9A-Z]{5}$/.test(code)) {
-    const unsent = error instanceof TypeError || error instanceof RangeError
-    return { reply: unsent ? 'unsent' : 'unanswered', retryable: false }
-  }
-  // 40003: completion unknown. 08, 57P01-57P03: the connection is going away, perhaps after the work was done.
-  const doubtful = code === '40003' || /^(?:08|57P0[1-3])/.test(code) || severity === 'FATAL' || severity === 'PANIC'
-  return { reply: doubtful ? 'unanswered' : 'answered', retryable: code === '40001' || code === '40P01' }
-}
-
 /** The protocol's cancel request: a connection of its own, which the server closes once the signal was sent. */
 function requestCancel(client: PoolClient): Promise<void> {
   const { processID, secretKey } = client as PoolClient & { processID: number; secretKey: number } // not in the types of pg
@@ -131,7 +120,12 @@ interface Submittable extends EventEmitter {
 type QueryCallback = (error: Error | undefined, result?: unknown) => void
 
 /** Runs whatever `pg` accepts as a query in the session; `block` is the transaction of a leased client. */
-function query(statements: Statements<PoolClient>, args: unknown[], block?: NativeBlock, client?: AmbientClient): unknown {
+function query(
+  statements: Statements<PoolClient>,
+  args: unknown[],
+  block?: NativeBlock,
+  client?: AmbientClient,
+): unknown {
   const [config, values, callback] = args
   if (isSubmittable(config)) return submit(statements, config, block)
   const done = [values, callback].find((each) => typeof each === 'function') as QueryCallback | undefined

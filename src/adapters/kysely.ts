@@ -1,0 +1,434 @@
+import {
+  CompiledQuery,
+  type ConnectionProvider,
+  type DatabaseConnection,
+  DefaultQueryExecutor,
+  type Dialect,
+  type DialectAdapter,
+  type Driver,
+  isAbortedTransactionError,
+  Kysely,
+  type KyselyPlugin,
+  type TransactionSettings as KyselySettings,
+  type LogConfig,
+  PostgresAdapter,
+  type QueryCompiler,
+  type QueryResult,
+  SqliteAdapter,
+} from 'kysely'
+import {
+  type Adapter,
+  type Capabilities,
+  callFactory,
+  type NativeBlock,
+  type Statements,
+  type TransactionSettings,
+} from '../adapter.ts'
+import { detach } from '../context.ts'
+import { type AmbientDatabase, statementsOf } from '../database.ts'
+import { AmbientError } from '../errors.ts'
+import { parseTransactionControl } from '../sql.ts'
+import { notFromServer, postgresErrorTraits, sqliteErrorTraits } from '../traits.ts'
+
+/** Options of a Kysely handle. */
+export interface KyselyOptions {
+  /** Plugins of the handle, as in `new Kysely({ plugins })`. Default is none. */
+  readonly plugins?: readonly KyselyPlugin[] | undefined
+  /** Logging, as in `new Kysely({ log })`. Default is none. */
+  readonly log?: LogConfig | undefined
+}
+
+// biome-ignore lint/suspicious/noExplicitAny: TypeScript can't infer the driver's pool beside an explicit `Tables`
+type DialectOverPool = (pool: any) => Dialect
+
+/**
+ * The adapter for Kysely, over a driver adapter or over any dialect at all. Its native transactions are savepoints of the session.
+ *
+ * Over a driver (`pgAdapter`), whatever else is built on its pool shares the session and the transaction. Over a bare dialect
+ * the pool is hidden: no error listener can be attached to its connections, so a connection that is cut while nothing runs on
+ * it may be an uncaught exception; statements cannot be cancelled. There `connect()` gives a plain Kysely.
+ *
+ * @param driver a driver adapter, or a function that makes the dialect and gets the host if one is configured.
+ * @param dialect makes the dialect over the pool of the driver.
+ * @example
+ * ```ts
+ * import { defineDatabase } from 'ambient-db'
+ * import { kyselyAdapter } from 'ambient-db/kysely'
+ * import { pgAdapter } from 'ambient-db/pg'
+ * import { PostgresDialect } from 'kysely'
+ * import { Pool } from 'pg'
+ *
+ * interface Tables {
+ *   users: { name: string }
+ * }
+ * export const main = defineDatabase({
+ *   name: 'main',
+ *   adapter: kyselyAdapter<Tables>(
+ *     pgAdapter(() => new Pool({ connectionString: process.env.DATABASE_URL })),
+ *     (pool) => new PostgresDialect({ pool }),
+ *   ),
+ * })
+ * ```
+ */
+export function kyselyAdapter<Tables, Engine = unknown>(
+  driver: Adapter<unknown, Engine, unknown>,
+  dialect: DialectOverPool,
+  options?: KyselyOptions,
+): Adapter<Kysely<Tables>, Engine, unknown>
+export function kyselyAdapter<Tables>(
+  dialect: (host: string) => Dialect,
+  options?: KyselyOptions,
+): Adapter<Kysely<Tables>, Kysely<Tables>, DatabaseConnection>
+export function kyselyAdapter<Tables>(
+  first: Adapter<unknown, unknown, unknown> | ((host: string) => Dialect),
+  second?: DialectOverPool | KyselyOptions,
+  third?: KyselyOptions,
+): unknown {
+  if (typeof first === 'function') return overDialect<Tables>(first, second as KyselyOptions) // the overloads pair them
+  const dialect = second as DialectOverPool // likewise
+  return {
+    ...first,
+    createHandle: (statements: Statements<unknown>) =>
+      handleOverPool<Tables>(statements, first.createHandle(statements), dialect, third),
+  }
+}
+
+/**
+ * One more handle over a driver database, in the same session and transaction.
+ *
+ * @example
+ * ```ts
+ * import { defineDatabase } from 'ambient-db'
+ * import { kyselyHandle } from 'ambient-db/kysely'
+ * import { pgAdapter } from 'ambient-db/pg'
+ * import { PostgresDialect } from 'kysely'
+ * import { Pool } from 'pg'
+ *
+ * const main = defineDatabase({ name: 'main', adapter: pgAdapter(() => new Pool()) })
+ * export const db = kyselyHandle<{ users: { name: string } }>(main, (pool) => new PostgresDialect({ pool }))
+ * ```
+ */
+export function kyselyHandle<Tables>(
+  database: AmbientDatabase<unknown, unknown>,
+  dialect: DialectOverPool,
+  options?: KyselyOptions,
+): Kysely<Tables> {
+  return handleOverPool(statementsOf(database), database.db, dialect, options)
+}
+
+/** A dialect and what Kysely makes of it. */
+interface Parts {
+  readonly dialect: Dialect
+  readonly driver: Driver
+  readonly adapter: DialectAdapter
+  readonly compiler: QueryCompiler
+  /** A plain Kysely over the same driver: it initialises the driver once, logs, and guards an only connection. */
+  readonly kysely: Kysely<unknown>
+}
+
+function takeApart(dialect: Dialect, log: LogConfig | undefined, adapter = dialect.createAdapter()): Parts {
+  const driver = dialect.createDriver()
+  const compiler = dialect.createQueryCompiler()
+  const shared: Dialect = {
+    createDriver: () => driver,
+    createAdapter: () => adapter,
+    createQueryCompiler: () => compiler,
+    createIntrospector: (db) => dialect.createIntrospector(db),
+  }
+  return { dialect, driver, adapter, compiler, kysely: new Kysely({ dialect: shared, ...(log && { log }) }) }
+}
+
+/** Takes a connection out of a plain Kysely until `release` is called. */
+function takeConnection(kysely: Kysely<unknown>): Promise<{ connection: DatabaseConnection; release: () => void }> {
+  return new Promise((resolve, reject) => {
+    kysely
+      .getExecutor()
+      .provideConnection((connection) => new Promise<void>((release) => resolve({ connection, release })))
+      .catch(reject)
+  })
+}
+
+/** Sessions always have a connection each as far as Kysely knows; the session itself makes them wait. */
+function withManyConnections(adapter: () => DialectAdapter): DialectAdapter {
+  return new Proxy({} as DialectAdapter, {
+    get: (_, key) => (key === 'supportsMultipleConnections' ? true : Reflect.get(adapter(), key)),
+  })
+}
+
+/** A handle whose connections are those of a driver adapter, each wrapped once by the dialect. */
+function handleOverPool<Tables>(
+  statements: Statements<unknown>,
+  pool: unknown,
+  dialect: DialectOverPool,
+  options: KyselyOptions = {},
+): Kysely<Tables> {
+  const wrapped = new WeakMap<object, DatabaseConnection>()
+  let lent: unknown
+  let wrapping: Promise<unknown> = Promise.resolve()
+  let made: Parts | undefined
+  const parts = () => {
+    if (made) return made
+    const lending = new Proxy(pool as object, {
+      get: (target, key) => (key === 'connect' ? async () => lent : Reflect.get(target, key)),
+    })
+    const own = dialect(lending)
+    const adapter = own.createAdapter()
+    made = takeApart(
+      own,
+      options.log,
+      withManyConnections(() => adapter),
+    )
+    return made
+  }
+  const wrap = (connection: object): DatabaseConnection | Promise<DatabaseConnection> => {
+    const known = wrapped.get(connection)
+    if (known) return known
+    const wrapper = wrapping.then(async () => {
+      lent = connection
+      const { connection: own } = await detach(() => takeConnection(parts().kysely)) // never released: the session does that
+      wrapped.set(connection, own)
+      return own
+    })
+    wrapping = wrapper.catch(() => {})
+    return wrapper
+  }
+  return createKysely(statements, parts, (connection) => wrap(connection as object), options)
+}
+
+/** An adapter that begins and ends through the driver of a dialect. */
+function overDialect<Tables>(
+  factory: (host: string) => Dialect,
+  options: KyselyOptions = {},
+): Adapter<Kysely<Tables>, Kysely<Tables>, DatabaseConnection> {
+  const byHost = new Map<string | undefined, Parts>()
+  const byEngine = new WeakMap<Kysely<Tables>, Parts>()
+  const byConnection = new WeakMap<DatabaseConnection, Parts & { release: () => void }>()
+  const partsFor = (host: string | undefined) => {
+    const known = byHost.get(host)
+    if (known) return known
+    const made = takeApart(callFactory(factory, host), options.log)
+    byHost.set(host, made)
+    return made
+  }
+  const partsOf = (connection: DatabaseConnection) => byConnection.get(connection) as Parts & { release: () => void } // set by acquire
+  const compile = ({ compiler }: Parts): QueryCompiler['compileQuery'] => compiler.compileQuery.bind(compiler)
+  let latest: Parts | undefined
+  const traitsOf = (parts: Parts | undefined) =>
+    parts?.adapter instanceof SqliteAdapter
+      ? sqliteErrorTraits
+      : parts?.adapter instanceof PostgresAdapter
+        ? postgresErrorTraits
+        : notFromServer
+
+  return {
+    capabilities: (engine) => capabilitiesOf((byEngine.get(engine) as Parts).adapter), // set by createEngine
+    createEngine(host) {
+      const parts = partsFor(host)
+      latest = parts
+      const engine = parts.kysely as unknown as Kysely<Tables> // the same object; only the user knows its tables
+      byEngine.set(engine, parts)
+      return engine
+    },
+    async closeEngine(engine) {
+      for (const [host, parts] of byHost) if (parts === byEngine.get(engine)) byHost.delete(host)
+      await engine.destroy()
+    },
+    async acquire(engine) {
+      const { connection, release } = await takeConnection(engine as unknown as Kysely<unknown>) // tables play no part here
+      byConnection.set(connection, { ...(byEngine.get(engine) as Parts), release }) // set by createEngine
+      return connection
+    },
+    async release(_engine, connection, broken) {
+      const { driver, release } = partsOf(connection)
+      // The only way to have a driver discard a connection is a rollback that fails on it.
+      if (broken) await driver.rollbackTransaction(connection).catch(() => {})
+      release()
+    },
+    async begin(connection, settings) {
+      const { driver, adapter } = partsOf(connection)
+      if (adapter instanceof SqliteAdapter) {
+        await connection.executeQuery(CompiledQuery.raw(settings.readOnly ? 'begin' : 'begin immediate'))
+      } else {
+        if (settings.deferrable !== undefined) throw unsupported('`deferrable` is not known to Kysely dialects.')
+        await driver.beginTransaction(connection, toKysely(settings))
+      }
+    },
+    async commit(connection) {
+      try {
+        await partsOf(connection).driver.commitTransaction(connection)
+        return 'committed'
+      } catch (error) {
+        if (isAbortedTransactionError(error)) return 'rolled-back'
+        throw error
+      }
+    },
+    async rollback(connection) {
+      const { driver, adapter } = partsOf(connection)
+      try {
+        await driver.rollbackTransaction(connection)
+      } catch (error) {
+        if (!(adapter instanceof SqliteAdapter && String(error).includes('no transaction is active'))) throw error
+      }
+    },
+    async savepoint(connection, name) {
+      const parts = partsOf(connection)
+      await parts.driver.savepoint?.(connection, name, compile(parts))
+    },
+    async rollbackTo(connection, name) {
+      const parts = partsOf(connection)
+      await parts.driver.rollbackToSavepoint?.(connection, name, compile(parts))
+    },
+    async releaseSavepoint(connection, name) {
+      const parts = partsOf(connection)
+      await parts.driver.releaseSavepoint?.(connection, name, compile(parts))
+    },
+    async probeTransaction(connection) {
+      // BEGIN inside a transaction fails and does no harm; if it succeeds, the engine had ended the transaction.
+      try {
+        await connection.executeQuery(CompiledQuery.raw('begin'))
+      } catch {
+        return 'open'
+      }
+      await connection.executeQuery(CompiledQuery.raw('rollback'))
+      return 'none'
+    },
+    traits: (error) => traitsOf(latest)(error),
+    createHandle: (statements) =>
+      createKysely<Tables, DatabaseConnection>(
+        statements,
+        () => partsFor(statements.host()),
+        (connection) => connection,
+        options,
+      ),
+  }
+}
+
+/** What is known of a dialect; of an unknown one the conservative set. */
+function capabilitiesOf(adapter: DialectAdapter): Capabilities {
+  const known = adapter instanceof PostgresAdapter || adapter instanceof SqliteAdapter
+  return {
+    savepoints: known,
+    streaming: known,
+    cancelling: false,
+    failedStatementAborts: !(adapter instanceof SqliteAdapter),
+    transactionStatus: false,
+    pipelining: false,
+    lossDetection: false,
+    singleConnection: adapter.supportsMultipleConnections === false,
+  }
+}
+
+function toKysely({ isolationLevel, readOnly }: TransactionSettings): KyselySettings {
+  return {
+    ...(isolationLevel && { isolationLevel }),
+    ...(readOnly !== undefined && { accessMode: readOnly ? 'read only' : 'read write' }),
+  }
+}
+
+function fromKysely({ isolationLevel, accessMode }: KyselySettings): TransactionSettings {
+  if (isolationLevel === 'snapshot') throw unsupported("Isolation level 'snapshot' is not supported.")
+  return { ...(isolationLevel && { isolationLevel }), ...(accessMode && { readOnly: accessMode === 'read only' }) }
+}
+
+function unsupported(what: string): AmbientError {
+  return new AmbientError('AMBIENT_UNSUPPORTED', what)
+}
+
+/** A real Kysely, of which only the way to a connection and the transaction calls are ours. */
+function createKysely<Tables, Connection>(
+  statements: Statements<Connection>,
+  parts: () => Parts,
+  wrap: (connection: Connection) => DatabaseConnection | Promise<DatabaseConnection>,
+  { plugins = [] }: KyselyOptions,
+): Kysely<Tables> {
+  const adapter = withManyConnections(() => parts().adapter)
+  const compiler: QueryCompiler = { compileQuery: (node, id) => parts().compiler.compileQuery(node, id) }
+  const provider: ConnectionProvider = {
+    async provideConnection(consumer) {
+      const block = statements.createBlock()
+      return block.enter(() => consumer(new AmbientConnection(statements, wrap, block)))
+    },
+  }
+  const dialect: Dialect = {
+    createDriver: () => ambientDriver,
+    createAdapter: () => adapter,
+    createQueryCompiler: () => compiler,
+    createIntrospector: (db) => parts().dialect.createIntrospector(db),
+  }
+  const executor = new DefaultQueryExecutor(compiler, adapter, provider, [...plugins])
+  return new Kysely<Tables>({ config: { dialect }, dialect, driver: ambientDriver, executor })
+}
+
+/** A connection as Kysely sees it: each query finds its turn in the session, and a transaction is a block of it. */
+class AmbientConnection<Connection> implements DatabaseConnection {
+  readonly block: NativeBlock
+  readonly #statements: Statements<Connection>
+  readonly #wrap: (connection: Connection) => DatabaseConnection | Promise<DatabaseConnection>
+
+  constructor(
+    statements: Statements<Connection>,
+    wrap: (connection: Connection) => DatabaseConnection | Promise<DatabaseConnection>,
+    block: NativeBlock,
+  ) {
+    this.block = block
+    this.#statements = statements
+    this.#wrap = wrap
+  }
+
+  executeQuery<Row>(query: CompiledQuery): Promise<QueryResult<Row>> {
+    if (parseTransactionControl(query.sql)) {
+      const what = 'SQL that begins or ends a transaction was refused unsent.'
+      return Promise.reject(new AmbientError('AMBIENT_TRANSACTION_CONTROL', what))
+    }
+    return this.#statements.run((connection) => {
+      const wrapped = this.#wrap(connection)
+      if (!(wrapped instanceof Promise)) return wrapped.executeQuery<Row>(query)
+      return wrapped.then((ready) => ready.executeQuery<Row>(query))
+    }, this.block)
+  }
+
+  async *streamQuery<Row>(query: CompiledQuery, chunkSize: number): AsyncIterableIterator<QueryResult<Row>> {
+    let rows: AsyncIterableIterator<QueryResult<Row>> | undefined
+    let ended: Error | undefined
+    const stream = await this.#statements.openStream((error) => {
+      ended = error
+      rows?.return?.().then(() => stream.close(), stream.close)
+    }, this.block)
+    let failure: unknown
+    try {
+      rows = (await this.#wrap(stream.connection)).streamQuery<Row>(query, chunkSize)
+      for await (const row of rows) {
+        yield row
+        if (ended) throw ended
+      }
+      if (ended) throw ended
+    } catch (error) {
+      if (error !== ended) failure = error
+      throw error
+    } finally {
+      stream.close(failure)
+    }
+  }
+}
+
+/** Turns Kysely's transaction calls into those of the session's blocks. */
+const ambientDriver: Driver = {
+  init: async () => {},
+  acquireConnection: async () => {
+    throw unsupported('Connections come from the session.')
+  },
+  beginTransaction: async (connection, settings) => blockOf(connection).begin(fromKysely(settings)),
+  commitTransaction: (connection) => blockOf(connection).commit(),
+  rollbackTransaction: (connection) => blockOf(connection).rollback(),
+  savepoint: (connection, name) => blockOf(connection).savepoint(name),
+  rollbackToSavepoint: (connection, name) => blockOf(connection).rollbackTo(name),
+  releaseSavepoint: (connection, name) => blockOf(connection).releaseSavepoint(name),
+  releaseConnection: async () => {},
+  destroy: async () => {
+    throw unsupported('The ambient handle cannot be destroyed; `shutdown()` of the database closes the engine.')
+  },
+}
+
+function blockOf(connection: DatabaseConnection): NativeBlock {
+  return (connection as AmbientConnection<unknown>).block // the only connections that the executor provides
+}
