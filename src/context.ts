@@ -110,8 +110,9 @@ export interface AmbientContext {
   /** Lets every event of `emitter` run inside the context, and returns it. */
   bind<Emitter extends EventEmitter>(emitter: Emitter): Emitter
   /**
-   * Ends the context: joins work under way, then commits or rolls back every session and closes it. The first call decides;
-   * further calls return its promise. A commit rejects if anything did not commit; a rollback always resolves.
+   * Ends the context: joins work under way, then commits or rolls back every session and closes it. The first call decides,
+   * and further calls wait for it. A commit rejects if anything did not commit, also when a rollback or an abort came before
+   * it; a rollback that comes first always resolves.
    *
    * @param reason what the rollback is for: an error of clean-up is attached to it.
    * @throws the driver's error, or `AMBIENT_TRANSACTION_ABORTED`, `AMBIENT_COMMIT_UNKNOWN`, `AMBIENT_PARTIAL_COMMIT`,
@@ -132,6 +133,7 @@ export class Context implements AmbientContext, Unit {
   #state: ContextState = 'open'
   #fenced = false
   #settlement: Promise<void> | undefined
+  #outcome: 'commit' | 'rollback' | undefined
   /** Where it was ended, while tracing. */
   endedAt: string | undefined
   #controller: AbortController | undefined
@@ -159,7 +161,7 @@ export class Context implements AmbientContext, Unit {
 
   /** Ended, or ending: only the hooks of its sessions may still open one. */
   get closedToNewSessions(): boolean {
-    return this.#state !== 'open' && !(this.#state === 'settling' && (!this.#fenced || insideHook()))
+    return this.#state !== 'open' && !(this.#state === 'settling' && (!this.#fenced || insideHook(this)))
   }
 
   get streams(): Unit['streams'] {
@@ -236,8 +238,12 @@ export class Context implements AmbientContext, Unit {
   }
 
   settle(outcome: 'commit' | 'rollback', reason?: unknown): Promise<void> {
+    this.#outcome ??= outcome
     this.#settlement ??= this.#settle(outcome, reason)
-    return this.#settlement
+    if (outcome === this.#outcome || outcome === 'rollback') return this.#settlement
+    return this.#settlement.then(() => {
+      throw this.abortion ?? new AmbientError('AMBIENT_CONTEXT_ENDED', 'The context was rolled back, so it cannot commit.')
+    })
   }
 
   /** Ends the context at once if no session has anything to settle; tells whether it did. */
@@ -246,6 +252,7 @@ export class Context implements AmbientContext, Unit {
     for (const session of this.#sessions.values()) if (session.touched) return false
     this.fence()
     for (const session of this.#sessions.values()) void session.closeAtEnd()
+    this.#outcome = outcome
     this.#settlement = Promise.resolve()
     this.#end(outcome === 'commit' ? 'committed' : 'rolled-back')
     return true
@@ -296,7 +303,7 @@ export class Context implements AmbientContext, Unit {
 }
 
 /** The nearest scope that still matters: chains of finished contexts must not keep each other alive. */
-function liveScope(scope: Scope | undefined): Scope | undefined {
+export function liveScope(scope: Scope | undefined): Scope | undefined {
   let nearest = scope
   while (nearest && isOver(nearest)) nearest = nearest.parent
   return nearest
@@ -314,9 +321,11 @@ export function* enclosingScopes(scope = currentScope()): Generator<Scope> {
   for (let each = scope; each; each = each.parent) yield each
 }
 
-/** Hooks may use sessions when everybody else is refused already. */
-export function insideHook(): boolean {
-  for (let scope = currentScope(); scope; scope = scope.parent) if (scope.block?.hook && scope.block.live) return true
+/** Hooks may use the sessions of their own context when everybody else is refused already. */
+export function insideHook(owner: Context): boolean {
+  for (let scope = currentScope(); scope; scope = scope.parent) {
+    if (scope.block?.hook && scope.block.live && scope.block.session.owner === owner) return true
+  }
   return false
 }
 
@@ -387,7 +396,8 @@ export function openContext(options: ContextOptions = {}): AmbientContext {
 
 /** Whether the running code belongs to a context that takes work. */
 export function hasContext(): boolean {
-  return currentContext()?.state === 'open'
+  const context = currentContext()
+  return context !== undefined && !context.closedToNewSessions
 }
 
 /** Runs `work` outside any context, for background work that must not use the request's session. */

@@ -1,7 +1,7 @@
 import type { AbortOptions } from './abortion.ts'
 import type { Adapter, NativeBlock, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
 import type { AtomicOptions } from './atomic.ts'
-import { Context, currentScope, enclosingScopes, runInScope, runUnit } from './context.ts'
+import { Context, currentScope, enclosingScopes, liveScope, runInScope, runUnit } from './context.ts'
 import { Engines } from './engine.ts'
 import { AmbientError } from './errors.ts'
 import type { Hook } from './hooks.ts'
@@ -220,7 +220,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     let session: Session<Connection> | undefined
     const unit = new Context({ streams: 'destroy', ...abort }, (owner) => {
       session = owner.session(this, () => new Session(this, owner, { transaction, hold }))
-      const parent = currentScope()
+      const parent = liveScope(currentScope())
       return { parent, context: parent?.context, session }
     })
     return runUnit(unit, () => work(session as AmbientSession<unknown> as AmbientSession<Handle>)) // its handle comes from this adapter

@@ -95,6 +95,10 @@ export class Session<Connection>
     return this.#database.order
   }
 
+  get owner(): Context {
+    return this.#owner
+  }
+
   get contextId(): number {
     return this.#owner.id
   }
@@ -338,7 +342,7 @@ export class Session<Connection>
   }
 
   #refusal(): AmbientError | undefined {
-    const refusal = this.#closed ?? (this.#owner.fenced && !insideHook() ? this.#contextEnded : undefined)
+    const refusal = this.#closed ?? (this.#owner.fenced && !insideHook(this.#owner) ? this.#contextEnded : undefined)
     if (!refusal) return undefined
     const error = refusal()
     this.#publish('refused', { error })
@@ -441,7 +445,7 @@ export class Session<Connection>
   }
 
   async #runHook(label: string, hook: Hook): Promise<void> {
-    const block = new Block<Connection>(this, label, this.transaction.root, currentScope(), true)
+    const block = new Block<Connection>(this, label, this.transaction.root, this.#owner.scope, true)
     await block.run(hook)
   }
 

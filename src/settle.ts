@@ -4,6 +4,8 @@ import { bounded } from './time.ts'
 /** A session as its context sees it when the context ends. */
 export interface Participant {
   readonly name: string
+  /** The context that ends it. */
+  readonly owner: object
   /** Databases commit in the order in which they were defined. */
   readonly order: number
   /** Statements or blocks are under way. */
