@@ -278,16 +278,15 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   // What sessions need
 
   reportHookError = (error: unknown): void => {
-    const { onHookError } = this.#options
     try {
-      if (onHookError) return onHookError(error)
+      const report = this.#options.onHookError ?? this.#warn
+      report(error)
     } catch (second) {
-      return this.#warn(second)
+      this.#warn(second)
     }
-    this.#warn(error)
   }
 
-  #warn(error: unknown): void {
+  #warn = (error: unknown): void => {
     const text = error instanceof Error ? (error.stack ?? error.message) : String(error)
     process.emitWarning(`A hook of database '${this.name}' failed: ${text}`, 'AmbientHookWarning')
   }
