@@ -64,7 +64,10 @@ export function runInScope<Result>(scope: Scope | undefined, work: () => Result)
 }
 
 /** Lets every event of `emitter` run in the current scope, in whichever scope it is emitted (S12, H6). */
-export function bindEmitter<Emitter extends EventEmitter>(emitter: Emitter, scope = currentScope()): Emitter {
+export function bindEmitter<Emitter extends EventEmitter>(
+  emitter: Emitter,
+  scope: Scope | undefined = currentScope(),
+): Emitter {
   const emit = emitter.emit
   emitter.emit = function (this: Emitter, ...args) {
     return storage.run(scope, () => emit.apply(this, args))
@@ -125,7 +128,7 @@ let contexts = 0
 
 /** What one request, job or test owns: at most one session per database (C1). It ends once. */
 export class Context implements AmbientContext, Unit {
-  readonly id = ++contexts
+  readonly id: number = ++contexts
   readonly options: InternalContextOptions
   readonly scope: Scope
   readonly #sessions = new Map<object, Participant>()
@@ -242,7 +245,9 @@ export class Context implements AmbientContext, Unit {
     this.#settlement ??= this.#settle(outcome, reason)
     if (outcome === this.#outcome || outcome === 'rollback') return this.#settlement
     return this.#settlement.then(() => {
-      throw this.abortion ?? new AmbientError('AMBIENT_CONTEXT_ENDED', 'The context was rolled back, so it cannot commit.')
+      throw (
+        this.abortion ?? new AmbientError('AMBIENT_CONTEXT_ENDED', 'The context was rolled back, so it cannot commit.')
+      )
     })
   }
 
@@ -317,7 +322,7 @@ function isOver({ block, session, context, preparing }: Scope): boolean {
 }
 
 /** The scopes from the running code outward. */
-export function* enclosingScopes(scope = currentScope()): Generator<Scope> {
+export function* enclosingScopes(scope: Scope | undefined = currentScope()): Generator<Scope> {
   for (let each = scope; each; each = each.parent) yield each
 }
 

@@ -56,7 +56,7 @@ export class Lease<Connection> {
 class Slot<Connection> {
   readonly adapter: Adapter<unknown, unknown, Connection>
   readonly host: string | undefined
-  readonly leases = new Set<object>()
+  readonly leases: Set<object> = new Set()
   #engine: Promise<unknown> | undefined
   readonly #onDrained: (() => void)[] = []
   /** Resolves when the only connection of a single-connection engine is free. */

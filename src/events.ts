@@ -44,6 +44,11 @@ export interface AmbientEvents {
   'ambient-db:transaction': TransactionEvent
 }
 
-export const contextChannel = channel('ambient-db:context')
-export const sessionChannel = channel('ambient-db:session')
-export const transactionChannel = channel('ambient-db:transaction')
+interface EventChannel<Event> {
+  readonly hasSubscribers: boolean
+  publish(event: Event): void
+}
+
+export const contextChannel: EventChannel<ContextEvent> = channel('ambient-db:context')
+export const sessionChannel: EventChannel<SessionEvent> = channel('ambient-db:session')
+export const transactionChannel: EventChannel<TransactionEvent> = channel('ambient-db:transaction')

@@ -60,7 +60,7 @@ let sessions = 0
 export class Session<Connection>
   implements AmbientSession<unknown>, Participant, Statements<Connection>, LaneHost, TransactionHost<Connection>
 {
-  readonly id = ++sessions
+  readonly id: number = ++sessions
   readonly lane: Lane
   transaction: Transaction<Connection>
   readonly #database: DatabaseCore<Connection>

@@ -48,7 +48,7 @@ export interface TransactionHost<Connection> {
 
 /** One transaction of a session, from before BEGIN to its end, on one connection. Calls come one at a time. */
 export class Transaction<Connection> {
-  readonly root = new Level()
+  readonly root: Level = new Level()
   settings: TransactionSettings
   /** Statements run on their own, without a transaction, until a block or `begin` opens one. */
   autocommit: boolean
