@@ -1,0 +1,316 @@
+import { connect, createServer, type Server, type Socket } from 'node:net'
+import type { Gate } from './gate.ts'
+
+/** One message of the PostgreSQL protocol on its way through a {@link WireProxy}. */
+export interface Message {
+  /**
+   * Direction, type and what the message is about: `> Q BEGIN`, `> P insert into t …`, `> B`, `> E`, `> S` from the client,
+   * `< C COMMIT`, `< E 23505`, `< Z I` from the server; `> startup`, `> ssl`, `> cancel` for the packets without a type.
+   */
+  readonly label: string
+  /** Number of its connection, from 1. */
+  readonly connection: number
+  readonly bytes: Buffer
+}
+
+/**
+ * What becomes of the connection at a message: cut with RST or FIN, or stalled (open, but nothing passes any more); or what
+ * becomes of the message: it and all behind it are held until a gate opens, or other bytes go in its place.
+ */
+export type Fate = 'reset' | 'end' | 'stall' | Gate | ((message: Message) => Buffer)
+
+/** The beginning of a label, a pattern for it, or a test of the message. */
+export type Match = string | RegExp | ((message: Message) => boolean)
+
+/** A fate that waits for its message. */
+export interface Trap {
+  /** How often it has caught a message. */
+  readonly count: number
+  /** Resolves with the first message that it catches. */
+  readonly caught: Promise<Message>
+  remove(): void
+}
+
+/** What has passed since the start or the last {@link WireProxy.reset}. */
+export interface Traffic {
+  /** How often the server answered something that clients had sent. */
+  readonly roundTrips: number
+  /** Bytes from clients. */
+  readonly sent: number
+  /** Bytes to clients. */
+  readonly received: number
+  /** Connections that were opened. */
+  readonly connections: number
+  /** Labels of all messages, in order. */
+  readonly labels: readonly string[]
+}
+
+/** A TCP proxy in front of PostgreSQL that reads what passes, counts it, and fails where it is told to. */
+export interface WireProxy {
+  /** The connection string of the server, with the proxy in its place. */
+  readonly url: string
+  readonly traffic: Traffic
+  /** Connections that are open now. */
+  readonly open: number
+  /** Sets all counts to zero. */
+  reset(): void
+  /** Lets `fate` happen `before` (the default) or `after` a message is passed on; `times` is 1 unless given. */
+  at(match: Match, fate: Fate, options?: { when?: 'before' | 'after'; times?: number }): Trap
+  /** Cuts all connections that are open. */
+  cut(how: 'reset' | 'end'): void
+  close(): Promise<void>
+}
+
+/** Starts a proxy for the server of `url`. Without `record`, it keeps no labels: for measuring. */
+export async function startProxy(url: string, { record = true } = {}): Promise<WireProxy> {
+  const target = new URL(url)
+  const links = new Set<Link>()
+  const traps: { match: Match; fate: Fate; when: 'before' | 'after'; left: number; hit(message: Message): void }[] = []
+  let counts = { roundTrips: 0, sent: 0, received: 0, connections: 0 }
+  let labels: string[] = []
+  let connections = 0
+
+  const watcher: Watcher = {
+    fate(message, when) {
+      if (record && when === 'before') labels.push(message.label)
+      const trap = traps.find((each) => each.left > 0 && each.when === when && matches(each.match, message))
+      if (!trap) return undefined
+      trap.left--
+      trap.hit(message)
+      return trap.fate
+    },
+    passed(direction, bytes, answers) {
+      counts[direction] += bytes
+      if (answers) counts.roundTrips++
+    },
+  }
+  const server: Server = createServer({ noDelay: true, allowHalfOpen: true }, (client) => {
+    counts.connections++
+    const upstream = connect({
+      port: Number(target.port || 5432),
+      host: target.hostname,
+      noDelay: true,
+      allowHalfOpen: true,
+    })
+    const link = new Link(client, upstream, ++connections, watcher)
+    links.add(link)
+    client.once('close', () => links.delete(link))
+  })
+  await new Promise<void>((resolve, reject) => server.once('error', reject).listen(0, '127.0.0.1', resolve))
+  const address = server.address()
+  if (address === null || typeof address === 'string') throw new Error('The system gave no port.')
+  const proxied = new URL(url)
+  proxied.hostname = '127.0.0.1'
+  proxied.port = String(address.port)
+
+  return {
+    url: proxied.href,
+    get traffic() {
+      return { ...counts, labels: [...labels] }
+    },
+    get open() {
+      return links.size
+    },
+    reset() {
+      counts = { roundTrips: 0, sent: 0, received: 0, connections: 0 }
+      labels = []
+    },
+    at(match, fate, { when = 'before', times = 1 } = {}) {
+      let count = 0
+      let resolve: (message: Message) => void = () => {}
+      const caught = new Promise<Message>((settle) => {
+        resolve = settle
+      })
+      const trap = {
+        match,
+        fate,
+        when,
+        left: times,
+        hit(message: Message) {
+          count++
+          resolve(message)
+        },
+      }
+      traps.push(trap)
+      return {
+        get count() {
+          return count
+        },
+        caught,
+        remove: () => void traps.splice(traps.indexOf(trap), 1),
+      }
+    },
+    cut(how) {
+      for (const link of links) link.cut(how)
+    },
+    async close() {
+      for (const link of links) link.cut('reset')
+      await new Promise((resolve) => server.close(resolve))
+    },
+  }
+}
+
+function matches(match: Match, message: Message): boolean {
+  if (typeof match === 'function') return match(message)
+  return typeof match === 'string' ? message.label.startsWith(match) : match.test(message.label)
+}
+
+interface Watcher {
+  fate(message: Message, when: 'before' | 'after'): Fate | undefined
+  passed(direction: 'sent' | 'received', bytes: number, answers: boolean): void
+}
+
+/** One client's connection and its continuation to the server. */
+class Link {
+  readonly #client: Socket
+  readonly #upstream: Socket
+  readonly #number: number
+  readonly #watcher: Watcher
+  /** The client has sent something that was not answered yet. */
+  #asked = false
+  #stalled = false
+  /** Packets have no type until the start-up is done; after an accepted SSLRequest nothing can be read. */
+  #phase: 'startup' | 'ssl answer' | 'messages' | 'opaque' = 'startup'
+
+  constructor(client: Socket, upstream: Socket, number: number, watcher: Watcher) {
+    this.#client = client
+    this.#upstream = upstream
+    this.#number = number
+    this.#watcher = watcher
+    this.#forward('sent', client, upstream)
+    this.#forward('received', upstream, client)
+  }
+
+  cut(how: 'reset' | 'end'): void {
+    this.#stalled = true
+    for (const socket of [this.#client, this.#upstream]) {
+      if (how === 'reset') socket.resetAndDestroy()
+      else socket.destroySoon()
+    }
+  }
+
+  #forward(direction: 'sent' | 'received', from: Socket, to: Socket): void {
+    let unread = Buffer.alloc(0)
+    let held = false
+    let ended = false
+    const passing: Buffer[] = []
+    const pump = () => {
+      const flush = () => {
+        if (passing.length > 0) to.write(Buffer.concat(passing.splice(0)))
+      }
+      while (!held && !this.#stalled) {
+        const length = this.#lengthOf(direction, unread)
+        if (length === undefined || unread.length < length) break
+        const bytes = unread.subarray(0, length)
+        unread = unread.subarray(length)
+        const message = { label: this.#read(direction, bytes), connection: this.#number, bytes }
+        const passOn = (what: Buffer) => {
+          this.#watcher.passed(direction, what.length, direction === 'received' && this.#asked)
+          this.#asked = direction === 'sent'
+          passing.push(what)
+        }
+        const before = this.#watcher.fate(message, 'before')
+        if (typeof before === 'function') {
+          passOn(before(message))
+        } else if (before) {
+          flush()
+          return meet(before, () => passOn(bytes))
+        } else {
+          passOn(bytes)
+        }
+        const after = this.#watcher.fate(message, 'after')
+        if (after && typeof after !== 'function') {
+          flush()
+          return meet(after, () => {})
+        }
+      }
+      flush()
+      if (ended && !held && !this.#stalled) to.end()
+    }
+    const meet = (fate: Exclude<Fate, (message: Message) => Buffer>, release: () => void) => {
+      if (fate === 'stall') {
+        this.#stalled = true
+      } else if (typeof fate === 'string') {
+        this.cut(fate)
+      } else {
+        held = true
+        void fate.passed.then(() => {
+          held = false
+          release()
+          pump()
+        })
+      }
+    }
+    from.on('data', (chunk) => {
+      unread = unread.length === 0 ? chunk : Buffer.concat([unread, chunk])
+      pump()
+    })
+    from.once('end', () => {
+      ended = true
+      pump()
+    })
+    from.on('error', () => to.destroy())
+    from.once('close', () => {
+      if (!ended || (this.#stalled && direction === 'sent')) to.destroy() // a stalled connection ends with its client
+    })
+  }
+
+  /** The length of the packet that `unread` begins with, if it can be told yet. */
+  #lengthOf(direction: 'sent' | 'received', unread: Buffer): number | undefined {
+    if (unread.length === 0) return undefined
+    const fromClient = direction === 'sent'
+    if (this.#phase === 'startup' && fromClient && unread[0] === 0x16) this.#phase = 'opaque' // a TLS handshake
+    if (this.#phase === 'opaque') return unread.length
+    if (this.#phase === 'ssl answer' && !fromClient) return 1
+    if (this.#phase === 'startup' && fromClient) return unread.length < 8 ? undefined : unread.readInt32BE(0)
+    return unread.length < 5 ? undefined : unread.readInt32BE(1) + 1
+  }
+
+  #read(direction: 'sent' | 'received', bytes: Buffer): string {
+    if (direction === 'sent') {
+      if (this.#phase === 'opaque') return '> opaque'
+      if (this.#phase === 'startup') return `> ${this.#readStartup(bytes.readInt32BE(4))}`
+      return label('>', bytes, clientText)
+    }
+    if (this.#phase === 'opaque') return '< opaque'
+    if (this.#phase === 'ssl answer') {
+      this.#phase = bytes.toString('latin1') === 'S' ? 'opaque' : 'startup'
+      return `< ssl ${bytes.toString('latin1')}`
+    }
+    return label('<', bytes, serverText)
+  }
+
+  #readStartup(code: number): string {
+    if (code === 80877102) return 'cancel'
+    this.#phase = code === 80877103 || code === 80877104 ? 'ssl answer' : 'messages'
+    return this.#phase === 'messages' ? 'startup' : 'ssl'
+  }
+}
+
+function label(arrow: string, bytes: Buffer, textOf: (type: string, body: Buffer) => string): string {
+  const type = String.fromCharCode(bytes[0] ?? 0)
+  const text = textOf(type, bytes.subarray(5))
+  return text === '' ? `${arrow} ${type}` : `${arrow} ${type} ${text}`
+}
+
+/** The SQL of a query or of a statement to prepare. */
+function clientText(type: string, body: Buffer): string {
+  if (type === 'Q') return text(body)
+  if (type === 'P') return text(body.subarray(body.indexOf(0) + 1))
+  return ''
+}
+
+/** The tag of a completed command, the SQLSTATE of an error or notice, the status that a `ReadyForQuery` tells. */
+function serverText(type: string, body: Buffer): string {
+  if (type === 'C') return text(body)
+  if (type === 'Z') return body.toString('latin1')
+  if (type !== 'E' && type !== 'N') return ''
+  for (let at = 0; body[at]; at = body.indexOf(0, at) + 1) {
+    if (String.fromCharCode(body[at] ?? 0) === 'C') return text(body.subarray(at + 1))
+  }
+  return ''
+}
+
+function text(body: Buffer): string {
+  return body.toString('utf8', 0, body.indexOf(0))
+}
