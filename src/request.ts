@@ -50,7 +50,7 @@ export function serveRequest<Request extends object, Result>(
 /** Ends a request whose handler threw: rolled back, and answered by the `onFailure` of {@link serveRequest}; false without a context. */
 export function failRequest(response: object, error: unknown): boolean {
   const guard = guardOf(response)
-  void guard?.reject(error)
+  guard?.reject(error)
   return guard !== undefined
 }
 

@@ -5,15 +5,12 @@ import { AmbientError } from './errors.ts'
 
 type Method = (...args: unknown[]) => unknown
 
-/** Calls that send something: they are recorded until the context has settled. */
+/** Calls that send something: they are held until the context has settled. */
 const senders = ['writeHead', 'write', 'end', 'flushHeaders', 'addTrailers'] as const
-/** Calls that matter once the head is decided: until then they are left alone. */
-const others = ['setHeader', 'setHeaders', 'appendHeader', 'removeHeader', 'destroy'] as const
-/** Calls of which the guard only takes note. */
-const observed = ['on', 'emit'] as const
+/** Calls that matter only once the head is decided. */
+const sealed = ['setHeader', 'setHeaders', 'appendHeader', 'removeHeader', 'destroy'] as const
 
-type Sender = (typeof senders)[number]
-type Guarded = Sender | (typeof others)[number] | (typeof observed)[number]
+type Guarded = (typeof senders)[number] | (typeof sealed)[number] | 'on' | 'emit'
 
 const key: unique symbol = Symbol.for('ambient-db.response')
 
@@ -24,7 +21,6 @@ export interface GuardedResponse extends Record<Guarded, Method> {
   sendDate: boolean
   readonly headersSent: boolean
   readonly writableEnded: boolean
-  readonly destroyed: boolean
   getHeaders(): Record<string, OutgoingHttpHeader | undefined>
   [key]?: ResponseGuard
 }
@@ -53,8 +49,8 @@ export function guardOf(response: object): ResponseGuard | undefined {
  * settles it, what follows is held meanwhile, then either goes out as it was or gives way to the answer of a failure.
  */
 export class ResponseGuard {
-  /** `open`: nothing would have left yet. `holding`: settling. `passing`: settled. `failed`: the answer is another's. */
-  #state: 'open' | 'holding' | 'passing' | 'failed' = 'open'
+  /** `open`: nothing would have left yet. `holding`: settling, so nothing may leave. `passing`: settled. */
+  #state: 'open' | 'holding' | 'passing' = 'open'
   readonly #context: Context
   readonly #request: GuardedRequest
   readonly #response: GuardedResponse
@@ -65,15 +61,19 @@ export class ResponseGuard {
   readonly #status: number
   readonly #statusMessage: string | undefined
   readonly #emitRequest: Method
-  /** The status that `writeHead` was given. */
-  #head: number | undefined
-  #held: [Sender, unknown[]][] = []
-  #ended = false
   #sealed = false
+  /** The head is decided: by the status that `writeHead` was given, if it was. */
+  #begun = false
+  #head: number | undefined
+  #ended = false
+  #held: [Guarded, unknown[]][] = []
   /** A writer was told to wait for `drain`. */
   #owesDrain = false
   #drainListeners: Method[] = []
   #sources: Source[] = []
+  /** What the handler threw while its answer was held. */
+  #thrown: { error: unknown } | undefined
+  /** The answer of the handler was given up for this; what its context goes on to say is ignored. */
   #failure: { error: unknown } | undefined
 
   constructor(context: Context, request: GuardedRequest, response: GuardedResponse, answering: Answering) {
@@ -100,29 +100,25 @@ export class ResponseGuard {
     this.#statusMessage = request.httpVersionMajor === 2 ? undefined : response.statusMessage // http2 has none, and warns
     this.#emitRequest = request.emit
     response[key] = this
-    Object.assign(response, intercepted)
+    Object.assign(response, senderMethods)
     // Whoever replaced `on` (compression) keeps listeners for `drain` where an event of ours would not reach them.
     if (this.#methods.on !== Object.getPrototypeOf(response).on) response.on = interceptedOn
   }
 
   /** The handler threw: rolls back and has `error` answered, unless the answer has left. */
-  async reject(error: unknown): Promise<void> {
-    if (this.#state === 'open') {
-      this.#hold()
-      await this.#context.settle('rollback', error)
-      this.#fail(error)
-    } else if (this.#state === 'holding') {
-      this.#failure ??= { error } // the answer is given up, unless COMMIT has been sent already
+  reject(error: unknown): void {
+    if (this.#failure || this.#isAbortion(error)) return // a consequence of what is known already
+    if (this.#state === 'open') this.#giveUp(error)
+    else if (this.#state === 'passing') this.#report(error)
+    else {
+      this.#thrown ??= { error } // too late only if COMMIT has been sent
       this.#context.abort(new AmbientError('AMBIENT_ABORTED', 'The handler threw after its answer.', { cause: error }))
-    } else if (!this.#isAbortion(error)) {
-      detach(() => this.#answering.onFailure(error))
     }
   }
 
   call(name: Guarded, args: unknown[]): unknown {
-    const state = this.#state
-    if (state === 'passing' || (state === 'failed' && !this.#isDead())) return this.#pass(name, args)
-    if (state === 'failed') return this.#ignore(name, args)
+    if (this.#failure && this.#isDead()) return this.#ignore(name, args)
+    if (this.#state === 'passing') return this.#pass(name, args)
     switch (name) {
       case 'writeHead':
         return this.#writeHead(args)
@@ -140,10 +136,13 @@ export class ResponseGuard {
       case 'addTrailers':
         this.#held.push([name, args])
         return undefined
-      case 'destroy':
-        return this.#pass(name, args)
+      case 'destroy': // `pipeline` does it when its source fails, as one does that ends with the context
+        if (this.#state === 'open') return this.#pass(name, args)
+        this.#held.push([name, args])
+        return this.#response
       default:
-        throw headersSentError()
+        if (this.#begun) throw headersSentError()
+        return this.#pass(name, args)
     }
   }
 
@@ -160,9 +159,8 @@ export class ResponseGuard {
   }
 
   get headersSent(): boolean {
-    if (this.#state === 'open' || this.#state === 'holding') return true
-    if (this.#state === 'failed' && this.#isDead()) return false
-    return this.#native('headersSent')
+    if (this.#failure && this.#isDead()) return false
+    return this.#state === 'passing' ? this.#native('headersSent') : this.#begun
   }
 
   get writableEnded(): boolean {
@@ -179,47 +177,50 @@ export class ResponseGuard {
 
   /** Records the head and sets its headers, so that whatever is wrong with them is said at once, as by Node. */
   #writeHead(args: unknown[]): GuardedResponse {
-    if (this.#head !== undefined || this.#state === 'holding') throw headersSentError()
+    if (this.#begun) throw headersSentError()
     const message = typeof args[1] === 'string' ? args[1] : undefined
     const head = checkedStatus(args[0])
     if (message !== undefined) validateHeaderValue('statusMessage', message)
     applyHeaders(this.#response, message === undefined ? (args[1] ?? args[2]) : args[2])
     this.#response.statusCode = head
     this.#head = head
+    this.#begun = true
     this.#held.push(['writeHead', message === undefined ? [head] : [head, message]])
     this.#seal()
     return this.#response
   }
 
   /** The first call settles the context; until that is done all are held. */
-  #send(name: Sender, args: unknown[]): unknown {
+  #send(name: Guarded, args: unknown[]): unknown {
     if (this.#state === 'open') {
       if (name !== 'end') this.#refuseInBlock()
       if (this.#settle()) return this.#pass(name, args)
+      if (this.#failure) return this.#ignore(name, args)
     }
+    this.#begun = true
     this.#held.push([name, args])
     if (name === 'write') this.#owesDrain = true
     return false
   }
 
-  /** Settles the context by the status; true if that is done already, because there was nothing to settle. */
+  /** Settles the context by the status; true if that is done, because there was nothing to settle. */
   #settle(): boolean {
-    let settlement: Promise<void>
     try {
       const outcome = this.#answering.outcome(this.#head ?? this.#response.statusCode)
       if (this.#context.settleUntouched(outcome)) {
         this.#release()
         return true
       }
-      settlement = this.#context.settle(outcome)
+      // Before the settlement would end it: what reads it must fail after the answer was given up, not before.
+      if (outcome === 'commit') for (const session of this.#context.participants()) session.endStream('refuse')
+      this.#hold()
+      this.#context.settle(outcome).then(
+        () => this.#released(),
+        (error) => this.#fail(error),
+      )
     } catch (error) {
-      settlement = this.#context.settle('rollback', error).then(() => Promise.reject(error))
+      this.#giveUp(error)
     }
-    this.#hold()
-    settlement.then(
-      () => this.#released(),
-      (error) => this.#fail(error),
-    )
     return false
   }
 
@@ -232,28 +233,27 @@ export class ResponseGuard {
   #seal(): void {
     if (this.#sealed) return
     this.#sealed = true
-    Object.assign(this.#response, sealed)
+    Object.assign(this.#response, sealedMethods)
     Object.defineProperties(this.#response, sealedProperties)
   }
 
   #release(): void {
     this.#state = 'passing'
-    for (const [name, args] of this.#held) {
+    for (const [name, args] of this.#held.splice(0)) {
       const result = this.#pass(name, args)
       if (name === 'write') this.#owesDrain = result !== false // otherwise Node emits it
     }
-    this.#held = []
   }
 
   #released(): void {
     try {
       this.#release()
     } catch (error) {
-      this.#fail(error) // committed, but Node cannot send this answer
+      this.#fail(error) // settled, but Node cannot send this answer
       return
     }
     if (this.#owesDrain && !this.#ended) this.#drain()
-    if (this.#failure) detach(() => this.#answering.onFailure(this.#failure?.error))
+    if (this.#thrown) this.#report(this.#thrown.error)
   }
 
   #drain(): void {
@@ -261,17 +261,35 @@ export class ResponseGuard {
     else for (const listener of this.#drainListeners.splice(0)) listener.call(this.#response)
   }
 
-  /** Takes the answer back and hands the response over as it was when the request came in. */
+  /** The context did not settle as it should: another answer is due. */
   #fail(error: unknown): void {
-    const gone = !this.#failure && this.#isAbortion(error)
-    this.#failure ??= { error }
-    this.#state = 'failed'
-    Object.assign(this.#response, intercepted, sealed, { on: this.#methods.on, emit: this.#methods.emit })
+    this.#takeBack(this.#thrown?.error ?? error)
+    this.#state = 'passing'
+    if (this.#thrown || !this.#isAbortion(error)) this.#report(this.#failure?.error) // otherwise nobody is left to be answered
+  }
+
+  /** Rolls back; the other answer is made meanwhile, and held until that is done. */
+  #giveUp(error: unknown): void {
+    this.#hold()
+    this.#takeBack(error)
+    detach(() => void this.#context.settle('rollback', error).then(() => this.#released()))
+    this.#report(error)
+  }
+
+  #report(error: unknown): void {
+    detach(() => this.#answering.onFailure(error))
+  }
+
+  /** Makes the response as it was when the request came in. */
+  #takeBack(error: unknown): void {
+    this.#failure = { error }
+    Object.assign(this.#response, senderMethods, sealedMethods, { on: this.#methods.on, emit: this.#methods.emit })
     this.#request.emit = this.#emitRequest
     for (const [name, args] of this.#held.splice(0)) this.#ignore(name, args)
+    this.#begun = this.#ended = this.#owesDrain = false
+    this.#head = undefined
     if (!this.#native('headersSent')) this.#restoreHead()
     this.#context.run(() => this.#endSources())
-    if (!gone) detach(() => this.#answering.onFailure(this.#failure?.error))
   }
 
   #restoreHead(): void {
@@ -303,7 +321,7 @@ export class ResponseGuard {
 
   /** The client went before the answer: the work is rolled back (H4). */
   #onClose(): void {
-    if (this.#state !== 'open' && this.#state !== 'holding') return
+    if (this.#state === 'passing') return
     if (this.#state === 'open') this.#state = 'passing'
     this.#context.abort(new AmbientError('AMBIENT_ABORTED', 'The client went away before it was answered.'))
   }
@@ -314,7 +332,7 @@ export class ResponseGuard {
     return abortion !== undefined && (error === abortion || (error as Error | undefined)?.cause === abortion)
   }
 
-  /** Whether the running code belongs to the context that failed. */
+  /** Whether the running code belongs to the context of the answer that was given up. */
   #isDead(): boolean {
     for (const { context } of enclosingScopes()) if (context === this.#context) return true
     return false
@@ -338,21 +356,22 @@ interface Source {
 
 // The same functions on every response keep all responses of one shape.
 
-const intercepted = interceptAll([...senders], {
-  emit(this: GuardedResponse, ...args: unknown[]) {
-    return this[key]?.emit(args)
-  },
-})
+type Methods = Partial<Record<Guarded, Method>>
 
-const sealed = interceptAll([...others], {})
+const sealedMethods = Object.fromEntries(sealed.map(intercept)) as Methods // by name
+const senderMethods = Object.fromEntries([...senders.map(intercept), ['emit', interceptedEmit]]) as Methods // by name
 
-function interceptAll(names: Guarded[], methods: Partial<Record<Guarded, Method>>): Partial<Record<Guarded, Method>> {
-  for (const name of names) {
-    methods[name] = function (this: GuardedResponse, ...args: unknown[]) {
+function intercept(name: Guarded): [Guarded, Method] {
+  return [
+    name,
+    function (this: GuardedResponse, ...args: unknown[]) {
       return this[key]?.call(name, args)
-    }
-  }
-  return methods
+    },
+  ]
+}
+
+function interceptedEmit(this: GuardedResponse, ...args: unknown[]): unknown {
+  return this[key]?.emit(args)
 }
 
 function interceptedOn(this: GuardedResponse, ...args: unknown[]): unknown {
