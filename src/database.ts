@@ -255,8 +255,13 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     return context.session(this, () => new Session(this, context, { transaction, hold: false }))
   }
 
-  async #with<Result>(act: (session: Session<Connection>) => Promise<Result>): Promise<Result> {
-    return act(this.#session())
+  /** Hands out the session's own promise: a join sees to the failure of one that nobody awaited. */
+  #with<Result>(act: (session: Session<Connection>) => Promise<Result>): Promise<Result> {
+    try {
+      return act(this.#session())
+    } catch (error) {
+      return Promise.reject(error)
+    }
   }
 
   #ambientStatements(): Statements<Connection> {

@@ -74,25 +74,29 @@ export class Lane {
   }
 
   async #perform<Result>(occupant: Occupant, work: () => Promise<Result>): Promise<Result> {
-    if (this.#refusal) throw this.#refusal()
-    if (this.#current) {
-      const holder = this.#exclusive()
-      if (holder) throw this.#host.refuseBehind(holder, occupant)
-      await new Promise<void>((start, refuse) => {
-        this.#waiting.push({ occupant, since: performance.now(), start, refuse })
-        this.#watchOwner()
-      })
-    } else {
-      this.#current = occupant
-    }
     try {
-      return await work()
+      if (this.#refusal) throw this.#refusal()
+      if (this.#current) await this.#turn(occupant)
+      else this.#current = occupant
+      try {
+        return await work()
+      } finally {
+        this.#next()
+      }
     } catch (error) {
       if (this.#joining) this.#failure ??= { error }
       throw error
-    } finally {
-      this.#next()
     }
+  }
+
+  /** Waits in line. */
+  #turn(occupant: Occupant): Promise<void> {
+    const holder = this.#exclusive()
+    if (holder) throw this.#host.refuseBehind(holder, occupant)
+    return new Promise<void>((start, refuse) => {
+      this.#waiting.push({ occupant, since: performance.now(), start, refuse })
+      this.#watchOwner()
+    })
   }
 
   /**
