@@ -1,7 +1,7 @@
 import { Abortion, type AbortOptions } from './abortion.ts'
 import type { TransactionSettings } from './adapter.ts'
 import { currentScope, runInScope, type Scope, type ScopeBlock } from './context.ts'
-import { AmbientError } from './errors.ts'
+import { AmbientError, stateRolledBack } from './errors.ts'
 import { Lane, type Occupant } from './lane.ts'
 import type { Session } from './session.ts'
 import { bounded, sleep } from './time.ts'
@@ -92,7 +92,9 @@ export function atomic<Connection, Result>(
 ): Promise<Result> {
   const label = `atomic block${work.name === '' ? '' : ` '${work.name}'`}`
   const owner: Owner = { label, place: session.place(), owns: true }
-  return session.lane.track(owner, runAtomic(session, owner, work, options))
+  const enclosing = session.enclosingBlock()
+  const lane = enclosing?.inner ?? session.lane
+  return lane.track(owner, runAtomic(session, owner, enclosing, work, options))
 }
 
 /** The turn of an atomic block; each attempt brings a lane of its own. */
@@ -103,12 +105,12 @@ interface Owner extends Occupant {
 async function runAtomic<Connection, Result>(
   session: Session<Connection>,
   owner: Owner,
+  enclosing: Block<Connection> | undefined,
   work: () => Result | Promise<Result>,
   options: AtomicOptions,
 ): Promise<Result> {
   const { current, retry, signal, timeout, ...settings } = options
   const { label } = owner
-  const enclosing = session.enclosingBlock()
   const mode = current ?? (enclosing ? 'savepoint' : 'commit')
   if (enclosing?.live && mode !== 'savepoint' && mode !== 'join') throw nestingError(session, mode)
   const abortion = signal || timeout !== undefined ? new Abortion({ signal, timeout }) : undefined
@@ -120,7 +122,10 @@ async function runAtomic<Connection, Result>(
     return block.run(work, abortion)
   }
 
+  let started = false
   const turn = async (): Promise<Result> => {
+    if (abortion?.error) throw abortion.error
+    started = true
     const transaction = session.transaction
     const outer = enclosing?.level ?? transaction.root
     const open = enclosing !== undefined || transaction.opened
@@ -128,13 +133,23 @@ async function runAtomic<Connection, Result>(
     if (open && mode === 'commit') await session.commitNow()
     if (open && mode === 'rollback') await session.rollbackNow()
     if (mode === 'join' || (open && mode === 'savepoint')) return nested(session, mode, outer, settings, attempt)
-    if (open && mode === 'append') transaction.agree(settings)
+    if (open && mode === 'append') {
+      transaction.agree(settings)
+      transaction.assertUsable(outer)
+    }
     return owning(session, settings, open && mode === 'append' ? 1 : (retry?.attempts ?? 1), attempt)
   }
 
   try {
     const lane = enclosing?.inner ?? session.lane
-    return await session.inTurn(lane, owner, turn)
+    const running = session.inTurn(lane, owner, turn)
+    if (!abortion) return await running
+    const abortedInLine = new Promise<never>((_, reject) => {
+      abortion.promise.catch((error) => {
+        if (!started) reject(error)
+      })
+    })
+    return await Promise.race([running, abortedInLine])
   } finally {
     abortion?.stop()
   }
@@ -173,6 +188,7 @@ async function owning<Connection, Result>(
 ): Promise<Result> {
   for (let count = 1; ; count++) {
     const transaction = session.transaction
+    const resetHooks = session.rememberHooks()
     if (!transaction.opened) {
       transaction.agree(settings)
       transaction.claimed = true
@@ -186,8 +202,10 @@ async function owning<Connection, Result>(
       return result
     } catch (error) {
       const again = count < attempts && session.isRetryable(error)
-      if (unsettled || session.transaction === transaction) await session.rollbackNow(error, again)
+      const open = unsettled || session.transaction === transaction
+      if (open && (await session.rollbackNow(error))) stateRolledBack(error)
       if (!again) throw error
+      resetHooks()
     }
     await sleep(Math.random() * Math.min(1000, 10 * 2 ** count)) // full jitter
   }

@@ -27,6 +27,10 @@ export function byRegistration(one: AfterHook, other: AfterHook): number {
   return one.order - other.order
 }
 
+export function copyHooks({ beforeCommit, afterCommit, afterRollback }: Hooks): Hooks {
+  return { beforeCommit: [...beforeCommit], afterCommit: [...afterCommit], afterRollback: [...afterRollback] }
+}
+
 /** Hands the hooks of a savepoint that was released to what surrounds it. */
 export function moveHooks(from: Hooks, to: Hooks): void {
   to.beforeCommit.push(...from.beforeCommit.splice(0))

@@ -5,7 +5,7 @@ import type { DatabaseCore } from './database.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { sessionChannel } from './events.ts'
-import { type AfterHook, afterHook, type Hook, type Hooks } from './hooks.ts'
+import { type AfterHook, afterHook, byRegistration, copyHooks, type Hook, type Hooks, moveHooks } from './hooks.ts'
 import { Lane, type LaneHost, type Occupant } from './lane.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
@@ -309,7 +309,7 @@ export class Session<Connection>
         try {
           return await work()
         } finally {
-          hooks = this.#deferred.splice(0)
+          hooks = this.#deferred.splice(0).sort(byRegistration)
         }
       })
     } finally {
@@ -349,6 +349,9 @@ export class Session<Connection>
     return error
   }
 
+  #transactionEnded = (): AmbientError =>
+    new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.name })
+
   #contextEnded = (): AmbientError => this.#database.contextEnded(this.#owner)
 
   blockEnded(block: Block<Connection>): AmbientError {
@@ -378,8 +381,8 @@ export class Session<Connection>
   }
 
   isRetryable(error: unknown): boolean {
-    if (isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') || isAmbientError(error, 'AMBIENT_PARTIAL_COMMIT')) return false
     for (let each = error; each instanceof Error; each = each.cause) {
+      if (isAmbientError(each) && (each.outcome === 'unknown' || each.outcome === 'partial')) return false
       if (this.#database.adapter.traits(each).retryable) return true
     }
     return false
@@ -389,16 +392,17 @@ export class Session<Connection>
   async withSavepoint<Result>(outer: Level, work: (level: Level) => Promise<Result>): Promise<Result> {
     const { transaction } = this
     const level = new Level(outer)
+    const refusal = () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: this.name })
     try {
       const result = await work(level)
       await transaction.releaseLevel(level)
       return result
     } catch (error) {
+      level.refusal ??= refusal
       await transaction.rollbackLevel(level)
       throw error
     } finally {
-      level.refusal ??= () =>
-        new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: this.name })
+      level.refusal ??= refusal
     }
   }
 
@@ -415,12 +419,25 @@ export class Session<Connection>
     await this.#commit()
   }
 
-  async rollbackNow(error?: unknown, dropHooks = false): Promise<boolean> {
+  async rollbackNow(error?: unknown): Promise<boolean> {
     const { transaction } = this
-    const opened = transaction.opened
+    const { opened, root } = transaction
+    root.refusal ??= this.#transactionEnded
     const said = await transaction.rollback(error)
-    if (transaction === this.transaction) this.#renew('afterRollback', opened, dropHooks)
+    const unknown = root.failure?.outcome === 'unknown'
+    if (transaction === this.transaction) this.#renew(unknown ? undefined : 'afterRollback', opened)
     return said
+  }
+
+  /** Returns what brings back the hooks of this moment, without those of an attempt that failed (A5). */
+  rememberHooks(): () => void {
+    const { root } = this.transaction
+    const before = copyHooks(root.hooks)
+    const deferred = this.#deferred.length
+    return () => {
+      this.#deferred.length = deferred
+      moveHooks(before, this.transaction.root.hooks)
+    }
   }
 
   /** Runs the beforeCommit hooks that are due, each in a block of its own (K1). */
@@ -456,18 +473,18 @@ export class Session<Connection>
       await transaction.commit()
       this.#renew('afterCommit', opened)
     } catch (error) {
+      if (transaction.holdsConnection) await transaction.rollback(error) // COMMIT was never sent
       this.#renew(isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') ? undefined : 'afterRollback', opened)
       throw error
     }
   }
 
   /** A transaction has ended: the next statement opens a new one. */
-  #renew(when: 'afterCommit' | 'afterRollback' | undefined, opened: boolean, dropHooks = false): void {
+  #renew(when: 'afterCommit' | 'afterRollback' | undefined, opened: boolean): void {
     const { root } = this.transaction
-    root.refusal ??= () =>
-      new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.name })
+    root.refusal ??= this.#transactionEnded
     this.transaction = new Transaction(this, this.#settings.transaction)
-    if (!when || dropHooks) return
+    if (!when) return
     const own = opened ? this.#database.hooks[when] : undefined
     if (own) this.#deferred.push({ order: 0, run: () => own(), onError: this.#database.reportHookError })
     this.#deferred.push(...root.hooks[when])
@@ -542,7 +559,7 @@ export class Session<Connection>
     const lease = await this.#database.engines.acquire(this, () => this.#surroundingHolders())
     this.#heldSince = performance.now()
     this.#publish('acquired', { duration: this.#heldSince - startedAt })
-    if (this.#settings.hold) this.#held = lease
+    if (this.#settings.hold && !this.closed) this.#held = lease // one that comes too late is released like any other
     return lease
   }
 

@@ -62,6 +62,9 @@ export class Transaction<Connection> {
   readonly #host: TransactionHost<Connection>
   #lease: Lease<Connection> | undefined
   #begun: Promise<void> | undefined
+  /** BEGIN, shared by statements that need it at the same time: one of a block that has ended, and the next. */
+  #opening: Promise<void> | undefined
+  #acquiring = false
   #savepoints = 0
   #startedAt = 0
 
@@ -76,7 +79,7 @@ export class Transaction<Connection> {
   }
 
   get atDatabase(): boolean {
-    return this.#wire !== undefined
+    return this.#wire !== undefined || this.#acquiring
   }
 
   get lastActivity(): number {
@@ -120,7 +123,10 @@ export class Transaction<Connection> {
   async run<Result>(level: Level, statement: (connection: Connection) => Promise<Result>): Promise<Result> {
     this.assertUsable(level)
     if (this.autocommit && !this.opened) return this.#alone(level, statement)
-    if (!level.opened) await this.open(level)
+    if (!level.opened) {
+      await this.open(level)
+      this.assertUsable(level) // its block may have ended in between
+    }
     const lease = this.#lease as Lease<Connection> // an open level has one
     let unsent = true
     try {
@@ -145,7 +151,7 @@ export class Transaction<Connection> {
     const alone = this.autocommit && !this.opened
     if (!alone && !level.opened) await this.open(level)
     if (this.#begun) await this.#checkBegin()
-    const lease = alone ? await this.#host.lease() : (this.#lease as Lease<Connection>)
+    const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
     if (alone) void until.then(() => this.#releaseAlone(lease))
     return {
       connection: lease.connection,
@@ -158,7 +164,12 @@ export class Transaction<Connection> {
   /** Makes sure that `level` is open on the server. */
   async open(level: Level): Promise<void> {
     if (level.opened) return
-    if (!level.parent) return this.#begin()
+    if (!level.parent) {
+      this.#opening ??= this.#begin().finally(() => {
+        this.#opening = undefined
+      })
+      return this.#opening
+    }
     await this.open(level.parent)
     this.assertUsable(level)
     if (this.#begun) await this.#checkBegin()
@@ -175,7 +186,7 @@ export class Transaction<Connection> {
 
   async #begin(): Promise<void> {
     const startedAt = performance.now()
-    const lease = await this.#host.lease()
+    const lease = await this.#acquire()
     try {
       assertLive(this.root)
       const begin = () => this.#bounded(lease.adapter.begin(lease.connection, this.settings))
@@ -200,11 +211,22 @@ export class Transaction<Connection> {
       await this.#host.afterBegin()
       this.assertUsable(this.root)
     } catch (error) {
+      if (this.#lease !== lease) throw error // the end of the transaction has given it back meanwhile
       this.root.opened = false
       this.root.failure = undefined
       this.#lease = undefined
       await this.#cleanUp(lease, error)
       throw error
+    }
+  }
+
+  async #acquire(): Promise<Lease<Connection>> {
+    this.#acquiring = true
+    try {
+      return await this.#host.lease()
+    } finally {
+      this.#acquiring = false
+      this.#lastActivity = performance.now()
     }
   }
 
@@ -226,7 +248,7 @@ export class Transaction<Connection> {
 
   /** A statement without a transaction, on a connection of its own. */
   async #alone<Result>(level: Level, statement: (connection: Connection) => Promise<Result>): Promise<Result> {
-    const lease = await this.#host.lease()
+    const lease = await this.#acquire()
     let broken: Error | undefined
     this.#lease = lease
     try {
@@ -318,6 +340,7 @@ export class Transaction<Connection> {
    * @returns whether the server said that it rolled back (or there was nothing to roll back).
    */
   async rollback(error?: unknown): Promise<boolean> {
+    await this.stop(false) // a block inside that was cut off may be at its end
     const lease = this.#lease
     if (!lease || !this.opened) return true
     this.#lease = undefined
@@ -368,14 +391,18 @@ export class Transaction<Connection> {
 
   /** Undoes the work of a savepoint. If the server does not say so, the whole transaction can only be rolled back. */
   async rollbackLevel(level: Level, keep = false): Promise<void> {
-    const lease = this.#lease
-    if (level.opened && lease && !lease.lost && !this.root.failure) {
-      try {
-        await this.#onWire(this.#bounded(lease.adapter.rollbackTo(lease.connection, level.name)))
-        if (!keep) await this.#onWire(this.#bounded(lease.adapter.releaseSavepoint(lease.connection, level.name)))
-      } catch (error) {
-        this.root.failure ??= { what: 'Rolling back to a savepoint failed.', cause: error }
+    await this.stop(false) // a block inside that was cut off may be at its end
+    const step = async (act: (lease: Lease<Connection>) => Promise<void>) => {
+      const lease = this.#lease
+      if (level.opened && lease && !lease.lost && !this.root.failure && !surroundingsEnded(level)) {
+        await this.#onWire(this.#bounded(act(lease)))
       }
+    }
+    try {
+      await step(({ adapter, connection }) => adapter.rollbackTo(connection, level.name))
+      if (!keep) await step(({ adapter, connection }) => adapter.releaseSavepoint(connection, level.name))
+    } catch (error) {
+      this.root.failure ??= { what: 'Rolling back to a savepoint failed.', cause: error }
     }
     level.failure = undefined
     if (!keep) level.opened = false
@@ -401,7 +428,7 @@ export class Transaction<Connection> {
     try {
       return await answer
     } finally {
-      this.#wire = undefined
+      if (this.#wire === answer) this.#wire = undefined
       this.#lastActivity = performance.now()
     }
   }
@@ -434,6 +461,12 @@ function assertLive({ refusal }: Level): void {
 async function stateAfterFailure<Connection>({ adapter, connection }: Lease<Connection>): Promise<string | undefined> {
   if (adapter.probeTransaction) return adapter.probeTransaction(connection)
   return adapter.transactionStatus?.(connection)
+}
+
+/** What surrounds the savepoint was rolled back already, and the savepoint with it. */
+function surroundingsEnded(level: Level): boolean {
+  for (let each = level.parent; each; each = each.parent) if (each.refusal) return true
+  return false
 }
 
 /** SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). */
