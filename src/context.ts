@@ -36,21 +36,29 @@ export interface ScopeBlock {
 interface Shared {
   readonly protocol: number
   readonly storage: AsyncLocalStorage<Scope | undefined>
+  /** The last number that was given out. */
+  count: number
 }
 
-const storage = shareStorage()
+const shared = share()
+const { storage } = shared
 
 /** One storage per process, whatever the number of copies of the package (C7). */
-function shareStorage(): AsyncLocalStorage<Scope | undefined> {
+function share(): Shared {
   const key = Symbol.for('ambient-db')
   const global = globalThis as { [key]?: Shared }
-  global[key] ??= { protocol, storage: new AsyncLocalStorage() }
+  global[key] ??= { protocol, storage: new AsyncLocalStorage(), count: 0 }
   const shared = global[key]
-  if (shared.protocol === protocol) return shared.storage
+  if (shared.protocol === protocol) return shared
   throw new AmbientError(
     'AMBIENT_PROTOCOL_MISMATCH',
     `Two copies of ambient-db are loaded; one speaks protocol ${shared.protocol}, the other ${protocol}.`,
   )
+}
+
+/** A number greater than all before, also those of other copies of the package: an identity, and an order of creation. */
+export function nextNumber(): number {
+  return ++shared.count
 }
 
 /** The scope of the running code. */
@@ -124,11 +132,9 @@ export interface AmbientContext {
   settle(outcome: 'commit' | 'rollback', reason?: unknown): Promise<void>
 }
 
-let contexts = 0
-
 /** What one request, job or test owns: at most one session per database (C1). It ends once. */
 export class Context implements AmbientContext, Unit {
-  readonly id: number = ++contexts
+  readonly id: number = nextNumber()
   readonly options: InternalContextOptions
   readonly scope: Scope
   readonly #sessions = new Map<object, Participant>()

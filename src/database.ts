@@ -1,7 +1,7 @@
 import type { AbortOptions } from './abortion.ts'
 import type { Adapter, NativeBlock, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
 import type { AtomicOptions } from './atomic.ts'
-import { Context, currentScope, enclosingScopes, liveScope, runInScope, runUnit } from './context.ts'
+import { Context, currentScope, enclosingScopes, liveScope, nextNumber, runInScope, runUnit } from './context.ts'
 import { Engines } from './engine.ts'
 import { AmbientError } from './errors.ts'
 import type { Hook } from './hooks.ts'
@@ -132,8 +132,6 @@ export function statementsOf<Connection>(database: AmbientDatabase<unknown, unkn
   return (database as Partial<Database<unknown, unknown, Connection>>)[statementsKey] as Statements<Connection> // each has them
 }
 
-let databases = 0
-
 /**
  * Defines a database; nothing is created or connected before its first use.
  *
@@ -159,7 +157,7 @@ export function defineDatabase<Handle, Engine, Connection>(
 
 class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, Engine>, DatabaseCore<Connection> {
   readonly name: string
-  readonly order = ++databases
+  readonly order: number = nextNumber()
   readonly adapter: Adapter<Handle, Engine, Connection>
   readonly hooks: DatabaseHooks<unknown>
   readonly acquireTimeout: number

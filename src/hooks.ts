@@ -1,3 +1,5 @@
+import { nextNumber } from './context.ts'
+
 /** A function that runs before or after the end of a transaction. */
 export type Hook = () => unknown
 
@@ -16,10 +18,8 @@ export interface Hooks {
   readonly afterRollback: AfterHook[]
 }
 
-let registrations = 0
-
 export function afterHook(run: Hook, onError: AfterHook['onError']): AfterHook {
-  return { order: ++registrations, run, onError }
+  return { order: nextNumber(), run, onError }
 }
 
 /** Sorts after-hooks, also of several databases, in the order in which they were registered. */

@@ -1,6 +1,6 @@
 import type { NativeBlock, OpenStream, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
 import { type AtomicOptions, atomic, Block } from './atomic.ts'
-import { type Context, currentScope, enclosingScopes, insideHook, runAfterHooks } from './context.ts'
+import { type Context, currentScope, enclosingScopes, insideHook, nextNumber, runAfterHooks } from './context.ts'
 import type { DatabaseCore } from './database.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
@@ -55,12 +55,10 @@ export interface SessionSettings {
   readonly hold: boolean
 }
 
-let sessions = 0
-
 export class Session<Connection>
   implements AmbientSession<unknown>, Participant, Statements<Connection>, LaneHost, TransactionHost<Connection>
 {
-  readonly id: number = ++sessions
+  readonly id: number = nextNumber()
   readonly lane: Lane
   transaction: Transaction<Connection>
   readonly #database: DatabaseCore<Connection>
@@ -486,7 +484,7 @@ export class Session<Connection>
     this.transaction = new Transaction(this, this.#settings.transaction)
     if (!when) return
     const own = opened ? this.#database.hooks[when] : undefined
-    if (own) this.#deferred.push({ order: 0, run: () => own(), onError: this.#database.reportHookError })
+    if (own) this.#deferred.push({ order: this.order, run: () => own(), onError: this.#database.reportHookError })
     this.#deferred.push(...root.hooks[when])
   }
 

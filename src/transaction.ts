@@ -58,6 +58,8 @@ export class Transaction<Connection> {
   prepared = false
   /** What is at the database now. */
   #wire: Promise<unknown> | undefined
+  /** Settles when the stream that is open is closed. */
+  #stream: Promise<unknown> | undefined
   #lastActivity = 0
   readonly #host: TransactionHost<Connection>
   #lease: Lease<Connection> | undefined
@@ -152,7 +154,14 @@ export class Transaction<Connection> {
     if (!alone && !level.opened) await this.open(level)
     if (this.#begun) await this.#checkBegin()
     const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
-    if (alone) void until.then(() => this.#releaseAlone(lease))
+    this.#stream = until
+    this.#lease = lease
+    void until.then(async () => {
+      this.#stream = undefined
+      if (!alone) return
+      this.#lease = undefined
+      await this.#releaseAlone(lease)
+    })
     return {
       connection: lease.connection,
       fail: async (error) => {
@@ -412,7 +421,7 @@ export class Transaction<Connection> {
   /** Awaits what is at the database. With `cancel`, asks the server to stop it, or destroys the connection. */
   async stop(cancel: boolean): Promise<void> {
     const lease = this.#lease
-    const wire = this.#wire
+    const wire = this.#wire ?? this.#stream
     if (!wire || !lease) return
     if (cancel) await lease.interrupt(wire)
     else

@@ -68,14 +68,16 @@ describe('one session', () => {
   })
 
   it('C1 gives concurrent contexts sessions, connections and outcomes of their own', async () => {
-    const both = gate()
-    let started = 0
+    const [wrote, looked] = [gate(), gate()]
+    let [writers, lookers] = [0, 0]
     const work = async (id: number) => {
       await insert(id)
-      if (++started === 2) both.open()
-      await both.passed
+      if (++writers === 2) wrote.open()
+      await wrote.passed
       const seen = await main.db.query<{ id: number }>('select id from notes')
       expect(seen.rows).toEqual([{ id }])
+      if (++lookers === 2) looked.open()
+      await looked.passed
       if (id === 2) throw new Error('the second one fails')
       return { session: main.session(), pid: await backend() }
     }
