@@ -53,11 +53,15 @@ export function pgAdapter<Engine extends Pool>(
       return pool
     },
     closeEngine: (pool) => pool.end(),
-    async acquire(pool, onLost) {
-      const client = await pool.connect()
-      client.on('error', onLost)
-      lossListeners.set(client, onLost)
-      return client
+    acquire(pool, onLost) {
+      return new Promise((resolve, reject) => {
+        pool.connect((error, client) => {
+          if (!client) return reject(error)
+          client.on('error', onLost) // at once: its own bytes may hold a FATAL right behind the greeting
+          lossListeners.set(client, onLost)
+          resolve(client)
+        })
+      })
     },
     release(_pool, client, broken) {
       client.release(broken)
