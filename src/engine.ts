@@ -19,7 +19,7 @@ export class Lease<Connection> {
 
   constructor(slot: Slot<Connection>, engine: unknown, connection: Connection, onRelease: () => void) {
     this.adapter = slot.adapter
-    this.capabilities = slot.adapter.capabilities(engine)
+    this.capabilities = slot.capabilities(engine)
     this.connection = connection
     this.#engine = engine
     this.#onRelease = onRelease
@@ -57,7 +57,10 @@ class Slot<Connection> {
   readonly adapter: Adapter<unknown, unknown, Connection>
   readonly host: string | undefined
   readonly leases: Set<object> = new Set()
+  /** The engine, once it is there. */
+  ready: unknown
   #engine: Promise<unknown> | undefined
+  #capabilities: Capabilities | undefined
   readonly #onDrained: (() => void)[] = []
   /** Resolves when the only connection of a single-connection engine is free. */
   #turn: Promise<void> = Promise.resolve()
@@ -70,11 +73,19 @@ class Slot<Connection> {
 
   /** The engine, created once, outside any context (D1, S12). */
   engine(): Promise<unknown> {
-    this.#engine ??= detach(async () => this.adapter.createEngine(this.host)).catch((error) => {
+    this.#engine ??= detach(async () => {
+      this.ready = await this.adapter.createEngine(this.host)
+      return this.ready
+    }).catch((error) => {
       this.#engine = undefined
       throw error
     })
     return this.#engine
+  }
+
+  capabilities(engine: unknown): Capabilities {
+    this.#capabilities ??= this.adapter.capabilities(engine)
+    return this.#capabilities
   }
 
   get created(): boolean {
@@ -113,6 +124,7 @@ class Slot<Connection> {
     const engine = this.#engine
     if (!engine) return
     this.#engine = undefined
+    this.ready = undefined
     await detach(async () => this.adapter.closeEngine(await engine))
   }
 }
@@ -161,11 +173,12 @@ export class Engines<Connection> {
     slot.leases.add(pending) // so that the engine is not closed between here and the connection
     let free = () => {}
     try {
-      const engine = await slot.engine()
       const deadline = performance.now() + this.#database.acquireTimeout
-      if (slot.adapter.capabilities(engine).singleConnection) {
+      const late = () => this.#acquireTimeout(held().length)
+      const engine = slot.ready ?? (await bounded(slot.engine(), this.#database.acquireTimeout, late))
+      if (slot.capabilities(engine).singleConnection) {
         if (slot.holder && held().includes(slot.holder)) throw this.#selfDeadlock()
-        free = await slot.takeTurn(this.#database.acquireTimeout, () => this.#acquireTimeout(held().length))
+        free = await slot.takeTurn(this.#database.acquireTimeout, late)
         slot.holder = session
       }
       let lease: Lease<Connection> | undefined
@@ -176,8 +189,8 @@ export class Engines<Connection> {
       }
       const acquiring = detach(() => slot.adapter.acquire(engine, onLost))
       const left = Math.max(0, deadline - performance.now())
-      const connection = await bounded(acquiring, left, () => this.#acquireTimeout(held().length)).catch((error) => {
-        acquiring.then((late) => detach(() => slot.adapter.release(engine, late))).catch(() => {})
+      const connection = await bounded(acquiring, left, late).catch((error) => {
+        acquiring.then((unwanted) => detach(() => slot.adapter.release(engine, unwanted))).catch(() => {})
         throw error
       })
       lease = new Lease(slot, engine, connection, () => {
