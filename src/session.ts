@@ -5,7 +5,7 @@ import type { DatabaseCore } from './database.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { sessionChannel } from './events.ts'
-import { type AfterHook, afterHook, byRegistration, copyHooks, type Hook, type Hooks, moveHooks } from './hooks.ts'
+import { type AfterHook, afterHook, byRegistration, copyHooks, dropHooks, type Hook, type Hooks, moveHooks } from './hooks.ts'
 import { Lane, type LaneHost, type Occupant } from './lane.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
@@ -152,7 +152,12 @@ export class Session<Connection>
 
   /** Where the caller is, for errors that speak of it later; only while tracing (O2). */
   place(): string | undefined {
-    return this.#database.trace ? new Error('place').stack?.split('\n').slice(3).join('\n') : undefined
+    if (!this.#database.trace) return undefined
+    const limit = Error.stackTraceLimit
+    Error.stackTraceLimit = 40 // the frames of this package and of an ORM come first
+    const { stack } = new Error('place')
+    Error.stackTraceLimit = limit
+    return stack?.split('\n').slice(3).join('\n')
   }
 
   // Statements
@@ -362,7 +367,7 @@ export class Session<Connection>
   refuseBehind(holder: Occupant, waiter: Occupant): AmbientError {
     const details = { database: this.name }
     const places = [holder, waiter]
-      .map(({ label, place }) => (place ? `\n${label} was started\n${place}` : ''))
+      .map(({ label, place }) => (place ? `\n${label} was started\n${place}\n` : ''))
       .join('')
     if (holder.exclusive === 'stream') {
       return new AmbientError(
@@ -482,10 +487,12 @@ export class Session<Connection>
     const { root } = this.transaction
     root.refusal ??= this.#transactionEnded
     this.transaction = new Transaction(this, this.#settings.transaction)
+    const hooks = copyHooks(root.hooks)
+    dropHooks(root.hooks) // whoever still points at the block pins none of them
     if (!when) return
     const own = opened ? this.#database.hooks[when] : undefined
     if (own) this.#deferred.push({ order: this.order, run: () => own(), onError: this.#database.reportHookError })
-    this.#deferred.push(...root.hooks[when])
+    this.#deferred.push(...hooks[when])
   }
 
   // Participant: how its context ends it
