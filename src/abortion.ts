@@ -8,6 +8,9 @@ export interface AbortOptions {
   readonly timeout?: number | undefined
 }
 
+/** Not a closure: the promise keeps it, and it would keep the signal. */
+function ignore(): void {}
+
 /** Watches a signal and a deadline; `promise` rejects with the coded error when the first of them fires. */
 export class Abortion {
   readonly promise: Promise<never>
@@ -19,7 +22,7 @@ export class Abortion {
     this.promise = new Promise((_, reject) => {
       this.#reject = reject
     })
-    this.promise.catch(() => {}) // whoever races with it reports it
+    this.promise.catch(ignore) // whoever races with it reports it
     const abort = (error: AmbientError) => {
       if (this.abort(error)) onAbort(error)
     }
@@ -47,8 +50,9 @@ export class Abortion {
     return true
   }
 
-  /** Stops watching. */
+  /** Stops watching, and forgets the signal. */
   stop(): void {
     this.#stop()
+    this.#stop = () => {}
   }
 }

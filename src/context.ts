@@ -135,7 +135,7 @@ export interface AmbientContext {
 /** What one request, job or test owns: at most one session per database (C1). It ends once. */
 export class Context implements AmbientContext, Unit {
   readonly id: number = nextNumber()
-  readonly options: InternalContextOptions
+  options: InternalContextOptions
   readonly scope: Scope
   readonly #sessions = new Map<object, Participant>()
   readonly #openedAt = contextChannel.hasSubscribers ? performance.now() : 0
@@ -302,6 +302,7 @@ export class Context implements AmbientContext, Unit {
   #end(state: ContextState, error?: unknown): AfterHook[] {
     this.#abortion?.stop()
     this.#sessions.clear()
+    this.options = {}
     this.#state = state
     const hooks = this.#afterHooks.sort(byRegistration)
     this.#afterHooks = []

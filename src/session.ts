@@ -5,7 +5,16 @@ import type { DatabaseCore } from './database.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { sessionChannel } from './events.ts'
-import { type AfterHook, afterHook, byRegistration, copyHooks, dropHooks, type Hook, type Hooks, moveHooks } from './hooks.ts'
+import {
+  type AfterHook,
+  afterHook,
+  byRegistration,
+  copyHooks,
+  dropHooks,
+  type Hook,
+  type Hooks,
+  moveHooks,
+} from './hooks.ts'
 import { Lane, type LaneHost, type Occupant } from './lane.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'

@@ -67,6 +67,7 @@ export function pgAdapter<Engine extends Pool>(
       client.release(broken)
       const onLost = lossListeners.get(client)
       if (onLost) client.off('error', onLost)
+      lossListeners.delete(client) // an idle client pins no session
     },
     begin: (client, settings) => send(client, `BEGIN${transactionModes(settings)}`),
     async commit(client) {
