@@ -196,9 +196,14 @@ export class Transaction<Connection> {
   async #begin(): Promise<void> {
     const startedAt = performance.now()
     const lease = await this.#acquire()
+    let broken: Error | undefined
     try {
       assertLive(this.root)
-      const begin = () => this.#bounded(lease.adapter.begin(lease.connection, this.settings))
+      const begin = () =>
+        this.#beginOn(lease).catch((error) => {
+          if (lease.adapter.traits(error).reply !== 'answered') broken = asError(error)
+          throw error
+        })
       const bare = Object.values(this.settings).every((value) => value === undefined)
       if (bare && !this.#host.afterBegin && lease.adapter.mayPipelineBegin?.(lease.connection)) {
         this.#begun = begin()
@@ -208,7 +213,8 @@ export class Transaction<Connection> {
       }
       assertLive(this.root)
     } catch (error) {
-      await this.#cleanUp(lease, error)
+      if (broken) await this.#host.release(lease, broken)
+      else await this.#cleanUp(lease, error)
       throw error
     }
     this.#lease = lease
@@ -227,6 +233,15 @@ export class Transaction<Connection> {
       await this.#cleanUp(lease, error)
       throw error
     }
+  }
+
+  /** Sends BEGIN; waiting for its answer counts as waiting for the connection. */
+  #beginOn({ adapter, connection }: Lease<Connection>): Promise<void> {
+    const { acquireTimeout, name } = this.#host
+    return bounded(adapter.begin(connection, this.settings), acquireTimeout, () => {
+      const what = `BEGIN got no answer within ${acquireTimeout} ms.`
+      return new AmbientError('AMBIENT_ACQUIRE_TIMEOUT', what, { database: name, statusCode: 503 })
+    })
   }
 
   async #acquire(): Promise<Lease<Connection>> {
@@ -293,6 +308,7 @@ export class Transaction<Connection> {
       this.root.failure ??= { what: lostWhat, cause: error }
     } else if (reply === 'unanswered') {
       this.root.failure ??= { what: 'A statement got no answer.', cause: error }
+      if (lease.capabilities.cancelling) await lease.interrupt(Promise.resolve()) // it may still run, and hold its locks
     } else if (reply === 'answered') {
       if (lease.capabilities.failedStatementAborts) {
         level.failure ??= { what: 'A statement failed.', cause: error, outcome: 'rolled-back' }

@@ -63,7 +63,7 @@ describe('counts', () => {
     proxy.reset()
     const client = await connected()
     expect(proxy.traffic.labels[0]).toBe('> startup')
-    const sleeping = client.query('select pg_sleep(60)')
+    const refused = expect(client.query('select pg_sleep(60)')).rejects.toMatchObject({ code: '57014' })
     await until(async () => (await database.backends()).some(({ state }) => state === 'active'), 'the statement')
     const { processID, secretKey } = client as Client & { processID: number; secretKey: number }
     const packet = Buffer.alloc(16)
@@ -72,7 +72,7 @@ describe('counts', () => {
       .end(packet)
       .resume()
     await once(canceller, 'close')
-    await expect(sleeping).rejects.toMatchObject({ code: '57014' })
+    await refused
     expect(proxy.traffic.labels).toContain('> cancel')
   })
 })

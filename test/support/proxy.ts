@@ -247,11 +247,13 @@ class Link {
     })
     from.once('end', () => {
       ended = true
-      pump()
+      if (this.#stalled && direction === 'sent')
+        this.cut('reset') // a stalled connection ends with its client
+      else pump()
     })
     from.on('error', () => to.destroy())
     from.once('close', () => {
-      if (!ended || (this.#stalled && direction === 'sent')) to.destroy() // a stalled connection ends with its client
+      if (!ended || this.#stalled) to.destroy()
     })
   }
 
