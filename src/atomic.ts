@@ -37,7 +37,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   readonly scope: Scope
   /** Where its statements run; named savepoints of a native block move it. */
   level: Level
-  exclusive?: 'transaction'
+  exclusive?: 'transaction' | undefined
   promise?: Promise<unknown>
   /** A native block takes part from its BEGIN on. */
   begun = true

@@ -10,7 +10,7 @@ export interface Occupant {
   /** It owns the session for as long as user code takes (a block, a commit with its hooks): waiters are watched. */
   readonly owns?: boolean
   /** Others are refused at once rather than made to wait: a stream, a transaction that cannot be scoped. */
-  exclusive?: 'stream' | 'transaction'
+  exclusive?: 'stream' | 'transaction' | undefined
   /** The lane of the block that has its turn. */
   readonly inner?: Lane
   /** What its caller got. */

@@ -13,7 +13,8 @@ export class NativeTransaction<Connection> implements NativeBlock {
   readonly session: Session<Connection>
   /** The scope of what is entered; begin puts the block into it. */
   #scope: { parent: Scope | undefined; context: Context | undefined; block?: Block<Connection> } | undefined
-  #savepoints: Map<string, Level> | undefined
+  /** Named savepoints that are open, from the outside in; a name hides an older one of the same name. */
+  #savepoints: { readonly name: string; readonly level: Level }[] = []
   #finish: (outcome: 'commit' | 'rollback') => void = () => {}
   #turn: Promise<void> | undefined
 
@@ -42,7 +43,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
     const block = new Block(session, 'native transaction', session.transaction.root, currentScope())
     block.begun = false
     this.block = block
-    this.#savepoints = undefined
+    this.#savepoints = []
     const enclosing = session.enclosingBlock()
     const lane = enclosing?.inner ?? session.lane
     if (this.#scope && [...enclosingScopes()].includes(this.#scope)) this.#scope.block = block
@@ -61,63 +62,75 @@ export class NativeTransaction<Connection> implements NativeBlock {
         block.level = owns ? transaction.root : new Level(outer)
         block.begun = true
         resolve()
-        await this.#settle(block, transaction, owns, await finished)
+        await this.#settle(block, block.level, transaction, await finished)
       }
       this.#turn = session.inTurn(lane, block, turn)
-      this.#turn.catch(reject)
+      this.#turn.catch((error) => {
+        block.live = false // also if it never had its turn, so that the client can begin again
+        reject(error)
+      })
     })
   }
 
+  /** `base` is the savepoint of the block itself, or the root of a transaction that it owns. */
   async #settle(
     block: Block<Connection>,
+    base: Level,
     transaction: Transaction<Connection>,
-    owns: boolean,
     outcome: 'commit' | 'rollback',
   ): Promise<void> {
     const { session } = this
-    const base = owns ? transaction.root : this.#base(block)
+    const owns = base === transaction.root
+    const undo = async () => {
+      base.refusal ??= () => session.blockEnded(block)
+      if (!owns) await transaction.rollbackLevel(base)
+      else if (session.transaction === transaction) await session.rollbackNow()
+    }
     try {
       if (outcome === 'commit') await block.join()
       await block.end()
       mergeLevels(block.level, base)
-      if (outcome === 'rollback') await this.#undo(transaction, owns, base)
+      if (outcome === 'rollback') await undo()
       else if (owns) await session.commitNow()
       else await transaction.releaseLevel(base)
     } catch (error) {
       await block.end()
-      await this.#undo(transaction, owns, base)
+      await undo()
       throw error
     }
-  }
-
-  async #undo(transaction: Transaction<Connection>, owns: boolean, base: Level): Promise<void> {
-    if (!owns) await transaction.rollbackLevel(base)
-    else if (this.session.transaction === transaction) await this.session.rollbackNow()
+    base.refusal ??= () => session.blockEnded(block)
   }
 
   async commit(): Promise<void> {
-    this.#finish('commit')
+    this.#end('commit')
     await this.#turn
   }
 
   async rollback(): Promise<void> {
-    this.#finish('rollback')
+    this.#end('rollback')
     await this.#turn?.catch(() => {}) // its failure was thrown where it happened
+  }
+
+  /** From here on others need not be told from it: they wait for its end. */
+  #end(outcome: 'commit' | 'rollback'): void {
+    if (this.block) this.block.exclusive = undefined
+    this.#finish(outcome)
   }
 
   savepoint(name: string): Promise<void> {
     return this.#control('SAVEPOINT', async (block) => {
       const level = new Level(block.level)
       await this.session.transaction.open(level)
-      this.#savepoints ??= new Map()
-      this.#savepoints.set(name, level)
+      this.#savepoints.push({ name, level })
       block.level = level
     })
   }
 
   rollbackTo(name: string): Promise<void> {
     return this.#control('ROLLBACK TO SAVEPOINT', async (block) => {
-      const level = this.#named(name)
+      const index = this.#indexOf(name)
+      const { level } = this.#savepoints[index] as { level: Level } // indexOf has found it
+      this.#savepoints.length = index + 1
       await this.session.transaction.rollbackLevel(level, true)
       block.level = level
     })
@@ -125,10 +138,11 @@ export class NativeTransaction<Connection> implements NativeBlock {
 
   releaseSavepoint(name: string): Promise<void> {
     return this.#control('RELEASE SAVEPOINT', async (block) => {
-      const level = this.#named(name)
+      const index = this.#indexOf(name)
+      const { level } = this.#savepoints[index] as { level: Level } // indexOf has found it
+      this.#savepoints.length = index
       mergeLevels(block.level, level)
       block.level = level.parent as Level // a named savepoint has one
-      this.#savepoints?.delete(name)
       await this.session.transaction.releaseLevel(level)
     })
   }
@@ -140,18 +154,12 @@ export class NativeTransaction<Connection> implements NativeBlock {
     return Promise.reject(new AmbientError('AMBIENT_TRANSACTION_CONTROL', what, { database: session.name }))
   }
 
-  #named(name: string): Level {
-    const level = this.#savepoints?.get(name)
-    if (level) return level
+  #indexOf(name: string): number {
+    const index = this.#savepoints.findLastIndex((each) => each.name === name)
+    if (index >= 0) return index
     throw new AmbientError('AMBIENT_INVALID_ARGUMENT', `There is no savepoint '${name}'.`, {
       database: this.session.name,
     })
-  }
-
-  /** The savepoint of the block itself. */
-  #base(block: Block<Connection>): Level {
-    const first: Level | undefined = this.#savepoints?.values().next().value
-    return first?.parent ?? block.level
   }
 }
 

@@ -201,16 +201,20 @@ export class Session<Connection>
     const occupant: Occupant = { label: 'a stream', place: this.place(), exclusive: 'stream' }
     return new Promise<OpenStream<Connection>>((resolve, reject) => {
       const turn = async () => {
-        let close: OpenStream<Connection>['close'] = () => {}
-        const closed = new Promise<unknown>((end) => {
-          close = end
+        let end: (failure: unknown) => void = () => {}
+        const ended = new Promise<unknown>((resolveEnd) => {
+          end = resolveEnd
         })
-        const { connection, fail } = await this.transaction.openStream(block?.level ?? this.transaction.root, closed)
+        const close = (failure?: unknown) => {
+          occupant.exclusive = undefined // whatever comes now need only wait for it
+          end(failure)
+        }
+        const level = block?.level ?? this.transaction.root
+        const { connection, settle } = await this.transaction.openStream(level, ended)
         this.#destroyStream = destroy
         if (this.#streamEnd) destroy(this.#streamEnd)
         resolve({ connection, close })
-        const failure = await closed
-        if (failure !== undefined) await fail(failure)
+        await settle(await ended)
         this.#destroyStream = undefined
         this.#streamEnd = undefined
       }
@@ -344,7 +348,7 @@ export class Session<Connection>
     const named = (native as NativeTransaction<Connection> | undefined)?.block // made by createBlock
     if (!named?.begun || named === enclosing) return enclosing
     for (const { block } of enclosingScopes()) if (block === named) return enclosing
-    return named
+    return named.live ? named : enclosing // after its transaction a leased client is like the pool
   }
 
   /** Throws if the session or its context has ended. */

@@ -273,11 +273,15 @@ class AmbientClient extends EventEmitter {
   async control(control: TransactionControl): Promise<unknown> {
     const block = this.#block
     if (control.kind === 'other') return refuseControl()
+    if (control.kind !== 'begin' && !this.#open) return refuseControl()
     if (control.kind === 'begin') {
-      await block.begin(control.settings)
-      this.#open = true
+      const before = this.#open
+      this.#open = true // from now on, for what is sent behind it without waiting
+      await block.begin(control.settings).catch((error) => {
+        this.#open = before
+        throw error
+      })
     } else if (control.kind === 'commit' || control.kind === 'rollback') {
-      if (!this.#open) return refuseControl()
       this.#open = false
       await (control.kind === 'commit' ? block.commit() : block.rollback())
     } else if (control.kind === 'savepoint') {
