@@ -144,30 +144,30 @@ export class Transaction<Connection> {
     }
   }
 
-  /** Takes the connection for a stream; the caller says when it ends. */
+  /** Takes the connection for a stream, which is over when `ended` resolves; then the caller says what it failed with, if anything. */
   async openStream(
     level: Level,
-    until: Promise<unknown>,
-  ): Promise<{ connection: Connection; fail(error: unknown): Promise<void> }> {
+    ended: Promise<unknown>,
+  ): Promise<{ connection: Connection; settle(failure: unknown): Promise<void> }> {
     this.assertUsable(level)
     const alone = this.autocommit && !this.opened
     if (!alone && !level.opened) await this.open(level)
     if (this.#begun) await this.#checkBegin()
     const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
-    this.#stream = until
+    this.#stream = ended
     this.#lease = lease
-    void until.then(async () => {
+    const settle = async (failure: unknown) => {
       this.#stream = undefined
-      if (!alone) return
-      this.#lease = undefined
-      await this.#releaseAlone(lease)
-    })
-    return {
-      connection: lease.connection,
-      fail: async (error) => {
-        if (!alone) await this.#statementFailed(level, lease, error)
-      },
+      this.#lastActivity = performance.now()
+      if (alone) {
+        this.#lease = undefined
+        const broken = failure !== undefined && lease.adapter.traits(failure).reply === 'unanswered'
+        await this.#releaseAlone(lease, broken ? asError(failure) : undefined)
+      } else if (failure !== undefined) {
+        await this.#statementFailed(level, lease, failure)
+      }
     }
+    return { connection: lease.connection, settle }
   }
 
   /** Makes sure that `level` is open on the server. */
