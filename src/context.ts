@@ -257,6 +257,11 @@ export class Context implements AmbientContext, Unit {
     })
   }
 
+  /** No session was asked for. */
+  get empty(): boolean {
+    return this.#sessions.size === 0
+  }
+
   /** Ends the context at once if no session has anything to settle; tells whether it did. */
   settleUntouched(outcome: 'commit' | 'rollback'): boolean {
     if (this.#settlement) return false
@@ -281,7 +286,7 @@ export class Context implements AmbientContext, Unit {
   async #settle(outcome: 'commit' | 'rollback', reason: unknown): Promise<void> {
     this.#state = 'settling'
     this.endedAt = this.participants()[0]?.place()
-    const error = reason ?? new AmbientError('AMBIENT_CONTEXT_ENDED', 'The context was rolled back.')
+    const error = outcome === 'commit' ? undefined : (reason ?? contextRolledBack())
     let state: ContextState = 'failed'
     let failure: unknown
     try {
@@ -312,6 +317,10 @@ export class Context implements AmbientContext, Unit {
     }
     return hooks
   }
+}
+
+function contextRolledBack(): AmbientError {
+  return new AmbientError('AMBIENT_CONTEXT_ENDED', 'The context was rolled back.')
 }
 
 /** The nearest scope that still matters: chains of finished contexts must not keep each other alive. */
@@ -371,13 +380,14 @@ export async function newContext<Result>(
 export async function runUnit<Result>(context: Context, work: () => Result | Promise<Result>): Promise<Result> {
   let result: Result
   try {
-    const running = (async () => context.run(work))()
-    result = await (context.abortable ? Promise.race([running, context.aborted]) : running)
+    result = context.abortable
+      ? await Promise.race([(async () => context.run(work))(), context.aborted])
+      : await context.run(work)
   } catch (error) {
     await context.settle('rollback', error)
     throw error
   }
-  await context.settle('commit')
+  if (!context.empty || !context.settleUntouched('commit')) await context.settle('commit')
   return result
 }
 
