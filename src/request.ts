@@ -1,6 +1,7 @@
 import type { TransactionOptions } from './adapter.ts'
 import { bindEmitter, Context, currentContext, detach, type InternalContextOptions, type Scope } from './context.ts'
-import { type GuardedRequest, type GuardedResponse, guardOf, ResponseGuard } from './response-guard.ts'
+import type { NodeRequest, NodeResponse } from './response.ts'
+import { guardOf, ResponseGuard } from './response-guard.ts'
 
 /** What every middleware takes. */
 export interface DatabaseContextOptions<Request> {
@@ -31,7 +32,7 @@ export function serveRequest<Request extends object, Result>(
 ): Result {
   if (guardOf(response)) return proceed()
   // http, http2 and what stands in for them in tests have these members in common; their overloads differ.
-  const emitter = request as unknown as GuardedRequest & Parameters<typeof bindEmitter>[0]
+  const emitter = request as unknown as NodeRequest & Parameters<typeof bindEmitter>[0]
   const current = currentContext()
   if (current?.options.adoptable && current.state === 'open') {
     bindEmitter(emitter)
@@ -39,7 +40,7 @@ export function serveRequest<Request extends object, Result>(
   }
   if (options.skip?.(request)) return detach(proceed)
   const context = new Context(contextOptions(request, options), outermost)
-  new ResponseGuard(context, emitter, response as GuardedResponse, {
+  new ResponseGuard(context, emitter, response as NodeResponse, {
     outcome: (status) => outcomeOf(status, request, options),
     onFailure,
   })

@@ -1,35 +1,24 @@
-import { type OutgoingHttpHeader, validateHeaderValue } from 'node:http'
-import { types } from 'node:util'
-import { type Context, detach, enclosingScopes, runInScope } from './context.ts'
+import { type Context, currentScope, detach, enclosingScopes, runInScope } from './context.ts'
 import { AmbientError } from './errors.ts'
-
-type Method = (...args: unknown[]) => unknown
-
-/** Calls that send something: they are held until the context has settled. */
-const senders = ['writeHead', 'write', 'end', 'flushHeaders', 'addTrailers'] as const
-/** Calls that matter only once the head is decided. */
-const sealed = ['setHeader', 'setHeaders', 'appendHeader', 'removeHeader', 'destroy'] as const
-
-type Guarded = (typeof senders)[number] | (typeof sealed)[number] | 'on' | 'emit'
-
-const key: unique symbol = Symbol.for('ambient-db.response')
-
-/** What the guard needs of a response: `http` and the compatibility API of `http2` have it in common. */
-export interface GuardedResponse extends Record<Guarded, Method> {
-  statusCode: number
-  statusMessage: string | undefined
-  sendDate: boolean
-  readonly headersSent: boolean
-  readonly writableEnded: boolean
-  getHeaders(): Record<string, OutgoingHttpHeader | undefined>
-  [key]?: ResponseGuard
-}
-
-/** What the guard needs of the request. */
-export interface GuardedRequest {
-  emit: Method
-  readonly httpVersionMajor: number
-}
+import {
+  applyHead,
+  assertChunk,
+  type Headers,
+  headersOf,
+  headersSentError,
+  type Intercepted,
+  type Interceptor,
+  interceptEnd,
+  interceptListeners,
+  interceptorOf,
+  interceptSenders,
+  interceptSetters,
+  type Method,
+  type Methods,
+  methodsOf,
+  type NodeRequest,
+  type NodeResponse,
+} from './response.ts'
 
 /** What the guard asks of a framework. */
 export interface Answering {
@@ -41,23 +30,29 @@ export interface Answering {
 
 /** The guard of `response`, if it has one. */
 export function guardOf(response: object): ResponseGuard | undefined {
-  return (response as Partial<GuardedResponse>)[key]
+  return interceptorOf(response) as ResponseGuard | undefined // nobody else puts one there
+}
+
+/** What pipes into a response. */
+interface Source {
+  unpipe?(destination: unknown): unknown
+  destroy?(): unknown
 }
 
 /**
  * Stands between a handler and Node's response, and lets nothing leave before the context has settled (H1): the first byte
  * settles it, what follows is held meanwhile, then either goes out as it was or gives way to the answer of a failure.
  */
-export class ResponseGuard {
+export class ResponseGuard implements Interceptor {
   /** `open`: nothing would have left yet. `holding`: settling, so nothing may leave. `passing`: settled. */
   #state: 'open' | 'holding' | 'passing' = 'open'
   readonly #context: Context
-  readonly #request: GuardedRequest
-  readonly #response: GuardedResponse
+  readonly #request: NodeRequest
+  readonly #response: NodeResponse
   readonly #answering: Answering
   /** What stood on the response when the request came in: all of it stands there again if the answer fails. */
-  readonly #methods: Record<Guarded, Method>
-  readonly #headers: Record<string, OutgoingHttpHeader | undefined>
+  readonly #methods: Methods
+  readonly #headers: Headers
   readonly #status: number
   readonly #statusMessage: string | undefined
   readonly #emitRequest: Method
@@ -66,43 +61,32 @@ export class ResponseGuard {
   #begun = false
   #head: number | undefined
   #ended = false
-  #held: [Guarded, unknown[]][] = []
+  #held: [Intercepted, unknown[]][] = []
   /** A writer was told to wait for `drain`. */
   #owesDrain = false
-  #drainListeners: Method[] = []
+  #drainListeners: Method[] | undefined
   #sources: Source[] = []
   /** What the handler threw while its answer was held. */
   #thrown: { error: unknown } | undefined
   /** The answer of the handler was given up for this; what its context goes on to say is ignored. */
   #failure: { error: unknown } | undefined
 
-  constructor(context: Context, request: GuardedRequest, response: GuardedResponse, answering: Answering) {
+  constructor(context: Context, request: NodeRequest, response: NodeResponse, answering: Answering) {
     this.#context = context
     this.#request = request
     this.#response = response
     this.#answering = answering
-    this.#methods = {
-      writeHead: response.writeHead,
-      write: response.write,
-      end: response.end,
-      flushHeaders: response.flushHeaders,
-      addTrailers: response.addTrailers,
-      setHeader: response.setHeader,
-      setHeaders: response.setHeaders,
-      appendHeader: response.appendHeader,
-      removeHeader: response.removeHeader,
-      destroy: response.destroy,
-      on: response.on,
-      emit: response.emit,
-    }
-    this.#headers = copyHeaders(response.getHeaders())
+    this.#methods = methodsOf(response)
+    this.#headers = headersOf(response)
     this.#status = response.statusCode
     this.#statusMessage = request.httpVersionMajor === 2 ? undefined : response.statusMessage // http2 has none, and warns
     this.#emitRequest = request.emit
-    response[key] = this
-    Object.assign(response, senderMethods)
+    interceptSenders(response, this)
     // Whoever replaced `on` (compression) keeps listeners for `drain` where an event of ours would not reach them.
-    if (this.#methods.on !== Object.getPrototypeOf(response).on) response.on = interceptedOn
+    if (this.#methods.on !== Object.getPrototypeOf(response).on) {
+      this.#drainListeners = []
+      interceptListeners(response)
+    }
   }
 
   /** The handler threw: rolls back and has `error` answered, unless the answer has left. */
@@ -116,7 +100,7 @@ export class ResponseGuard {
     }
   }
 
-  call(name: Guarded, args: unknown[]): unknown {
+  call(name: Intercepted, args: unknown[]): unknown {
     if (this.#failure && this.#isDead()) return this.#ignore(name, args)
     if (this.#state === 'passing') return this.#pass(name, args)
     switch (name) {
@@ -147,7 +131,7 @@ export class ResponseGuard {
   }
 
   on(args: unknown[]): unknown {
-    if (args[0] === 'drain') this.#drainListeners.push(args[1] as Method)
+    if (args[0] === 'drain') this.#drainListeners?.push(args[1] as Method)
     return this.#pass('on', args)
   }
 
@@ -155,7 +139,8 @@ export class ResponseGuard {
     if (args[0] === 'close') this.#onClose()
     else if (args[0] === 'pipe') this.#sources.push(args[1] as Source)
     else if (args[0] === 'unpipe') this.#sources = this.#sources.filter((source) => source !== args[1])
-    return runInScope(this.#context.scope, () => this.#pass('emit', args))
+    const { scope } = this.#context
+    return currentScope() === scope ? this.#pass('emit', args) : runInScope(scope, () => this.#pass('emit', args))
   }
 
   get headersSent(): boolean {
@@ -171,27 +156,23 @@ export class ResponseGuard {
     return Reflect.get(Object.getPrototypeOf(this.#response), property, this.#response)
   }
 
-  #pass(name: Guarded, args: unknown[]): unknown {
+  #pass(name: keyof Methods, args: unknown[]): unknown {
     return this.#methods[name].apply(this.#response, args)
   }
 
   /** Records the head and sets its headers, so that whatever is wrong with them is said at once, as by Node. */
-  #writeHead(args: unknown[]): GuardedResponse {
+  #writeHead(args: unknown[]): NodeResponse {
     if (this.#begun) throw headersSentError()
-    const message = typeof args[1] === 'string' ? args[1] : undefined
-    const head = checkedStatus(args[0])
-    if (message !== undefined) validateHeaderValue('statusMessage', message)
-    applyHeaders(this.#response, message === undefined ? (args[1] ?? args[2]) : args[2])
-    this.#response.statusCode = head
-    this.#head = head
+    const head = applyHead(this.#response, args)
+    this.#head = head[0]
     this.#begun = true
-    this.#held.push(['writeHead', message === undefined ? [head] : [head, message]])
+    this.#held.push(['writeHead', head])
     this.#seal()
     return this.#response
   }
 
   /** The first call settles the context; until that is done all are held. */
-  #send(name: Guarded, args: unknown[]): unknown {
+  #send(name: Intercepted, args: unknown[]): unknown {
     if (this.#state === 'open') {
       if (name !== 'end') this.#refuseInBlock()
       if (this.#settle()) return this.#pass(name, args)
@@ -227,14 +208,13 @@ export class ResponseGuard {
   #hold(): void {
     this.#state = 'holding'
     this.#seal()
+    interceptEnd(this.#response)
   }
 
   /** From now on the head is decided, and the response says so. */
   #seal(): void {
-    if (this.#sealed) return
+    if (!this.#sealed) interceptSetters(this.#response)
     this.#sealed = true
-    Object.assign(this.#response, sealedMethods)
-    Object.defineProperties(this.#response, sealedProperties)
   }
 
   #release(): void {
@@ -257,7 +237,7 @@ export class ResponseGuard {
   }
 
   #drain(): void {
-    if (this.#response.on !== interceptedOn) this.#response.emit('drain')
+    if (!this.#drainListeners) this.#response.emit('drain')
     else for (const listener of this.#drainListeners.splice(0)) listener.call(this.#response)
   }
 
@@ -282,8 +262,12 @@ export class ResponseGuard {
 
   /** Makes the response as it was when the request came in. */
   #takeBack(error: unknown): void {
+    const response = this.#response
     this.#failure = { error }
-    Object.assign(this.#response, senderMethods, sealedMethods, { on: this.#methods.on, emit: this.#methods.emit })
+    interceptSenders(response, this)
+    interceptSetters(response)
+    response.on = this.#methods.on
+    response.emit = this.#methods.emit
     this.#request.emit = this.#emitRequest
     for (const [name, args] of this.#held.splice(0)) this.#ignore(name, args)
     this.#begun = this.#ended = this.#owesDrain = false
@@ -313,7 +297,7 @@ export class ResponseGuard {
   }
 
   /** Drops a call whose answer is not wanted any more. */
-  #ignore(name: Guarded, args: unknown[]): unknown {
+  #ignore(name: Intercepted, args: unknown[]): unknown {
     const callback = args.at(-1)
     if (typeof callback === 'function') process.nextTick(callback, this.#failure?.error)
     return name === 'write' ? false : this.#response
@@ -346,92 +330,4 @@ export class ResponseGuard {
       })
     }
   }
-}
-
-/** What pipes into a response. */
-interface Source {
-  unpipe?(destination: unknown): unknown
-  destroy?(): unknown
-}
-
-// The same functions on every response keep all responses of one shape.
-
-type Methods = Partial<Record<Guarded, Method>>
-
-const sealedMethods = Object.fromEntries(sealed.map(intercept)) as Methods // by name
-const senderMethods = Object.fromEntries([...senders.map(intercept), ['emit', interceptedEmit]]) as Methods // by name
-
-function intercept(name: Guarded): [Guarded, Method] {
-  return [
-    name,
-    function (this: GuardedResponse, ...args: unknown[]) {
-      return this[key]?.call(name, args)
-    },
-  ]
-}
-
-function interceptedEmit(this: GuardedResponse, ...args: unknown[]): unknown {
-  return this[key]?.emit(args)
-}
-
-function interceptedOn(this: GuardedResponse, ...args: unknown[]): unknown {
-  return this[key]?.on(args)
-}
-
-const sealedProperties: PropertyDescriptorMap & ThisType<GuardedResponse> = {
-  headersSent: {
-    configurable: true,
-    get() {
-      return this[key]?.headersSent
-    },
-  },
-  writableEnded: {
-    configurable: true,
-    get() {
-      return this[key]?.writableEnded
-    },
-  },
-}
-
-function copyHeaders(headers: Record<string, OutgoingHttpHeader | undefined>): typeof headers {
-  // `appendHeader` adds to the array that is there.
-  for (const name in headers) {
-    const value = headers[name]
-    if (Array.isArray(value)) headers[name] = [...value]
-  }
-  return headers
-}
-
-/** Sets what `writeHead` was given: an object, a flat array, or an array of pairs; the arrays may repeat a name. */
-function applyHeaders(response: GuardedResponse, headers: unknown): void {
-  if (!Array.isArray(headers)) {
-    for (const [name, value] of Object.entries(headers ?? {})) response.setHeader(name, value)
-    return
-  }
-  const flat: unknown[] = Array.isArray(headers[0]) ? headers.flat(1) : headers
-  if (flat.length % 2 !== 0) {
-    throw coded(new TypeError("The argument 'headers' must hold pairs of names and values."), 'ERR_INVALID_ARG_VALUE')
-  }
-  for (let index = 0; index < flat.length; index += 2) response.removeHeader(flat[index])
-  for (let index = 0; index < flat.length; index += 2) response.appendHeader(flat[index], flat[index + 1])
-}
-
-function checkedStatus(status: unknown): number {
-  const checked = Number(status) | 0
-  if (checked >= 100 && checked <= 999) return checked
-  throw coded(new RangeError(`Invalid status code: ${String(status)}`), 'ERR_HTTP_INVALID_STATUS_CODE')
-}
-
-function assertChunk(chunk: unknown): void {
-  if (typeof chunk === 'string' || types.isUint8Array(chunk)) return
-  throw coded(new TypeError('The "chunk" argument must be a string or a Uint8Array.'), 'ERR_INVALID_ARG_TYPE')
-}
-
-function headersSentError(): Error {
-  return coded(new Error('Cannot set headers after they are sent to the client'), 'ERR_HTTP_HEADERS_SENT')
-}
-
-/** The codes of Node, for what it would have said itself a moment later. */
-function coded<Failure extends Error>(error: Failure, code: string): Failure {
-  return Object.assign(error, { code })
 }

@@ -1,4 +1,5 @@
 import type { IncomingMessage, ServerResponse } from 'node:http'
+import { AmbientError } from '../errors.ts'
 import { type DatabaseContextOptions, serveRequest } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
@@ -31,6 +32,12 @@ export function databaseContext<
   Request extends IncomingMessage = IncomingMessage,
   Response extends ServerResponse = ServerResponse,
 >(options: DatabaseContextOptions<Request> = {}): DatabaseContextMiddleware<Request, Response> {
+  if ('headers' in options) {
+    throw new AmbientError(
+      'AMBIENT_INVALID_ARGUMENT',
+      'databaseContext makes the middleware: app.use(databaseContext()).',
+    )
+  }
   return function databaseContextMiddleware(request, response, next) {
     // Express keeps the `next` of the router that is at work on the request: the one from here would skip its error handlers.
     const fail = (error: unknown) => ((request as { next?: typeof next }).next ?? next)(error)

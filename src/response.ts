@@ -1,0 +1,171 @@
+import { type OutgoingHttpHeader, validateHeaderValue } from 'node:http'
+import { types } from 'node:util'
+
+export type Method = (...args: unknown[]) => unknown
+
+/** Calls that send something. */
+export const senders = ['writeHead', 'write', 'end', 'flushHeaders', 'addTrailers'] as const
+/** Calls that matter once the head is decided. */
+export const setters = ['setHeader', 'setHeaders', 'appendHeader', 'removeHeader', 'destroy'] as const
+
+export type Intercepted = (typeof senders)[number] | (typeof setters)[number]
+export type Methods = Record<Intercepted | 'on' | 'emit', Method>
+export type Headers = Record<string, OutgoingHttpHeader | undefined>
+
+const key: unique symbol = Symbol.for('ambient-db.response')
+
+/** What is needed of a response: `http` and the compatibility API of `http2` have it in common. */
+export interface NodeResponse extends Methods {
+  statusCode: number
+  statusMessage: string | undefined
+  sendDate: boolean
+  readonly headersSent: boolean
+  readonly writableEnded: boolean
+  getHeaders(): Headers
+  [key]?: Interceptor
+}
+
+/** What is needed of a request. */
+export interface NodeRequest {
+  emit: Method
+  readonly httpVersionMajor: number
+}
+
+/** What stands between a response and those who use it. */
+export interface Interceptor {
+  readonly headersSent: boolean
+  readonly writableEnded: boolean
+  call(name: Intercepted, args: unknown[]): unknown
+  on(args: unknown[]): unknown
+  emit(args: unknown[]): unknown
+}
+
+/** The interceptor of `response`, if it has one. */
+export function interceptorOf(response: object): Interceptor | undefined {
+  return (response as Partial<NodeResponse>)[key]
+}
+
+/** The methods of `response` as they stand. */
+export function methodsOf(response: NodeResponse): Methods {
+  return {
+    writeHead: response.writeHead,
+    write: response.write,
+    end: response.end,
+    flushHeaders: response.flushHeaders,
+    addTrailers: response.addTrailers,
+    setHeader: response.setHeader,
+    setHeaders: response.setHeaders,
+    appendHeader: response.appendHeader,
+    removeHeader: response.removeHeader,
+    destroy: response.destroy,
+    on: response.on,
+    emit: response.emit,
+  }
+}
+
+/** The headers of `response` as they stand. */
+export function headersOf(response: NodeResponse): Headers {
+  const headers = response.getHeaders()
+  for (const name in headers) {
+    const value = headers[name]
+    if (Array.isArray(value)) headers[name] = [...value] // `appendHeader` adds to the array that is there
+  }
+  return headers
+}
+
+/** Puts `interceptor` before the calls that send something, and before the events. */
+export function interceptSenders(response: NodeResponse, interceptor: Interceptor): void {
+  response[key] = interceptor
+  for (const name of senders) response[name] = interceptors[name]
+  response.emit = emit
+}
+
+/** Puts it before the calls that matter once the head is decided; from now on it says whether the head was sent. */
+export function interceptSetters(response: NodeResponse): void {
+  for (const name of setters) response[name] = interceptors[name]
+  Object.defineProperty(response, 'headersSent', headersSent)
+}
+
+/** Lets it say whether the response has ended. */
+export function interceptEnd(response: NodeResponse): void {
+  Object.defineProperty(response, 'writableEnded', writableEnded)
+}
+
+/** Puts it before the registration of listeners. */
+export function interceptListeners(response: NodeResponse): void {
+  response.on = on
+}
+
+// The same functions in the same order keep all responses of one shape.
+
+const interceptors = Object.fromEntries(
+  [...senders, ...setters].map((name) => [
+    name,
+    function (this: NodeResponse, ...args: unknown[]) {
+      return this[key]?.call(name, args)
+    },
+  ]),
+) as Record<Intercepted, Method> // by their names
+
+function emit(this: NodeResponse, ...args: unknown[]): unknown {
+  return this[key]?.emit(args)
+}
+
+function on(this: NodeResponse, ...args: unknown[]): unknown {
+  return this[key]?.on(args)
+}
+
+const headersSent: PropertyDescriptor & ThisType<NodeResponse> = {
+  configurable: true,
+  get() {
+    return this[key]?.headersSent
+  },
+}
+
+const writableEnded: PropertyDescriptor & ThisType<NodeResponse> = {
+  configurable: true,
+  get() {
+    return this[key]?.writableEnded
+  },
+}
+
+/** What `writeHead` was given, checked as by Node; its headers are set on the response. */
+export function applyHead(response: NodeResponse, [status, second, third]: unknown[]): [number, string?] {
+  const message = typeof second === 'string' ? second : undefined
+  const code = Number(status) | 0
+  if (code < 100 || code > 999) {
+    throw coded(new RangeError(`Invalid status code: ${String(status)}`), 'ERR_HTTP_INVALID_STATUS_CODE')
+  }
+  if (message !== undefined) validateHeaderValue('statusMessage', message)
+  applyHeaders(response, message === undefined ? (second ?? third) : third)
+  response.statusCode = code
+  return message === undefined ? [code] : [code, message]
+}
+
+/** Sets an object, a flat array, or an array of pairs; the arrays may repeat a name. */
+function applyHeaders(response: NodeResponse, headers: unknown): void {
+  if (!Array.isArray(headers)) {
+    for (const [name, value] of Object.entries(headers ?? {})) response.setHeader(name, value)
+    return
+  }
+  const flat: unknown[] = Array.isArray(headers[0]) ? headers.flat(1) : headers
+  if (flat.length % 2 !== 0) {
+    throw coded(new TypeError("The argument 'headers' must hold pairs of names and values."), 'ERR_INVALID_ARG_VALUE')
+  }
+  for (let index = 0; index < flat.length; index += 2) response.removeHeader(flat[index])
+  for (let index = 0; index < flat.length; index += 2) response.appendHeader(flat[index], flat[index + 1])
+}
+
+export function assertChunk(chunk: unknown): void {
+  if (typeof chunk === 'string' || types.isUint8Array(chunk)) return
+  throw coded(new TypeError('The "chunk" argument must be a string or a Uint8Array.'), 'ERR_INVALID_ARG_TYPE')
+}
+
+export function headersSentError(): Error {
+  return coded(new Error('Cannot set headers after they are sent to the client'), 'ERR_HTTP_HEADERS_SENT')
+}
+
+/** The codes of Node, for what it would have said itself a moment later. */
+function coded<Failure extends Error>(error: Failure, code: string): Failure {
+  return Object.assign(error, { code })
+}

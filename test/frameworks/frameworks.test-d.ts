@@ -1,0 +1,53 @@
+import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
+import { createSecureServer, type Http2ServerRequest, type Http2ServerResponse } from 'node:http2'
+import { databaseContext as expressContext } from 'ambient-db/express'
+import { databaseContext as nodeContext } from 'ambient-db/node-http'
+import express from 'express'
+import express4 from 'express4'
+import { expectTypeOf, it } from 'vitest'
+
+it('the middleware for Express gives its options the request of the app', () => {
+  express().use(expressContext())
+  express4().use(expressContext())
+  express().use(expressContext({ transaction: { readOnly: true }, settleTimeout: 1_000, unawaited: 'error' }))
+  const middleware: express.RequestHandler = expressContext({
+    skip: (request) => {
+      expectTypeOf(request).toEqualTypeOf<express.Request>()
+      return request.path === '/health'
+    },
+  })
+  express().use(middleware)
+  express().use(
+    expressContext({
+      skip: (request) => request.path === '/health',
+      outcome: (status, request) => (status < 500 && request.path !== '/' ? 'commit' : 'rollback'),
+      transaction: ({ method }) => (method === 'GET' ? 'autocommit' : undefined),
+    }),
+  )
+  express4().use(expressContext({ skip: (request) => request.path === '/health' }))
+  // @ts-expect-error no such outcome
+  expressContext({ outcome: () => 'maybe' })
+})
+
+it('the wrapper for node:http keeps the types of the handler', () => {
+  createServer(
+    nodeContext((request, response) => {
+      expectTypeOf(request).toEqualTypeOf<IncomingMessage>()
+      expectTypeOf(response).toExtend<ServerResponse>()
+    }),
+  )
+  createSecureServer(
+    nodeContext((request, response) => {
+      expectTypeOf(request).toEqualTypeOf<Http2ServerRequest>()
+      expectTypeOf(response).toEqualTypeOf<Http2ServerResponse>()
+    }),
+  )
+  nodeContext(async (request, response) => void response.end(request.url), {
+    skip: (request) => request.url === '/health',
+    onError: (error, request, response) => {
+      expectTypeOf(error).toBeUnknown()
+      expectTypeOf(request).toEqualTypeOf<IncomingMessage>()
+      response.end()
+    },
+  })
+})
