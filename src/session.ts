@@ -205,15 +205,18 @@ export class Session<Connection>
         const ended = new Promise<unknown>((resolveEnd) => {
           end = resolveEnd
         })
+        const closing = () => {
+          occupant.exclusive = undefined
+        }
         const close = (failure?: unknown) => {
-          occupant.exclusive = undefined // whatever comes now need only wait for it
+          closing()
           end(failure)
         }
         const level = block?.level ?? this.transaction.root
         const { connection, settle } = await this.transaction.openStream(level, ended)
         this.#destroyStream = destroy
         if (this.#streamEnd) destroy(this.#streamEnd)
-        resolve({ connection, close })
+        resolve({ connection, closing, close })
         await settle(await ended)
         this.#destroyStream = undefined
         this.#streamEnd = undefined

@@ -117,9 +117,7 @@ interface Submittable extends EventEmitter {
   handleError(error: Error, connection?: unknown): void
   read?(rows: number, callback?: (...result: unknown[]) => void): unknown
   close?(callback?: (error?: Error) => void): unknown
-  pipe?: unknown
-  destroyed?: boolean
-  destroy?(error: Error): unknown
+  destroy?(error?: Error): unknown
 }
 
 type QueryCallback = (error: Error | undefined, result?: unknown) => void
@@ -162,37 +160,71 @@ function isSubmittable(config: unknown): config is Submittable {
 
 /** A cursor, stream or `pg.Query`: returned at once, submitted in its turn, over when the client is ready for more. */
 function submit(statements: Statements<PoolClient>, subject: Submittable, block?: NativeBlock): Submittable {
-  let closed = false
   let failure: Error | undefined
   bindEmitter(subject)
-  const { handleError, read, close } = subject
+  const { handleError } = subject
   subject.handleError = (error, connection) => {
     failure ??= error
     handleError.call(subject, error, connection)
   }
-  if (close && read && !subject.pipe) {
+  const over = (connection: PoolClient) =>
+    new Promise<void>((resolve) => {
+      const free = () => {
+        connection.off('drain', free).off('end', free)
+        resolve()
+      }
+      connection.query(subject as never) // it has all that pg looks for
+      connection.once('drain', free).once('end', free)
+    })
+  const refuse = (error: Error) => {
+    if (error !== failure) subject.handleError(error)
+  }
+  if (subject.read) {
+    stream(statements, subject, { over, failure: () => failure }, block).catch(refuse)
+  } else {
+    const statement = async (connection: PoolClient) => {
+      await over(connection)
+      if (failure) throw failure
+    }
+    statements.run(statement, block).catch(refuse)
+  }
+  return subject
+}
+
+/** A cursor or stream: it occupies the session until it is closed. */
+async function stream(
+  statements: Statements<PoolClient>,
+  subject: Submittable,
+  { over, failure }: { over(connection: PoolClient): Promise<void>; failure(): Error | undefined },
+  block?: NativeBlock,
+): Promise<void> {
+  let closed = false
+  let closing = () => {
+    closed = true
+  }
+  const { read, close, destroy } = subject
+  if (destroy) {
+    subject.destroy = (error) => {
+      closing()
+      return destroy.call(subject, error)
+    }
+  } else if (read && close) {
     subject.read = (rows, callback) => read.call(subject, rows, callback && bindCallback(callback))
     subject.close = (callback) => {
-      closed = true
+      closing()
       return close.call(subject, callback && bindCallback(callback))
     }
   }
-  const destroy = (error: Error) => {
+  const end = (error: Error) => {
     if (subject.destroy) subject.destroy(error)
     else subject.close?.(() => {})
   }
-  const open = async () => {
-    const stream = await statements.openStream(destroy, block)
-    const free = () => {
-      stream.connection.off('drain', free).off('end', free)
-      stream.close(failure)
-    }
-    if (closed || subject.destroyed) return stream.close()
-    stream.connection.query(subject as never) // it has all that pg looks for
-    stream.connection.once('drain', free).once('end', free)
+  const open = await statements.openStream(end, block)
+  if (!closed) {
+    closing = open.closing
+    await over(open.connection)
   }
-  open().catch((error) => subject.handleError(error))
-  return subject
+  open.close(failure())
 }
 
 type LeaseCallback = (

@@ -1,0 +1,147 @@
+import type { AmbientDatabase } from 'ambient-db'
+import { type AdapterHarness, adapterSuite, type EngineProbe, type HarnessOptions } from 'ambient-db/conformance'
+import { Client, Pool, type PoolConfig } from 'pg'
+import { it } from 'vitest'
+import type { Capabilities } from '../../src/adapter.ts'
+import { databaseGate, until } from '../support/gate.ts'
+import type { TestDatabase } from '../support/postgres.ts'
+import { startProxy, type WireProxy } from '../support/proxy.ts'
+
+/** Lets vitest run the suite. `harness` is called inside of each test. */
+export function itHoldsTheSuite<Handle>(harness: () => AdapterHarness<Handle>): void {
+  for (const { name, run } of adapterSuite) {
+    it(name, async (test) => {
+      const result = await run(harness())
+      if (result) test.skip(result.skipped)
+    })
+  }
+}
+
+export const postgresCapabilities: Capabilities = {
+  savepoints: true,
+  streaming: true,
+  cancelling: true,
+  failedStatementAborts: true,
+  transactionStatus: true,
+  pipelining: false,
+  lossDetection: true,
+  singleConnection: false,
+}
+
+/** What a harness for PostgreSQL needs to know of one library. */
+export interface PostgresSubject<Handle>
+  extends Pick<AdapterHarness<Handle>, 'transaction' | 'beginTransaction' | 'stream'> {
+  readonly capabilities?: Partial<Capabilities>
+  define(pool: (host?: string) => Pool, options: HarnessOptions<Handle>): AmbientDatabase<Handle, unknown>
+  query(handle: Handle, sql: string, parameters?: unknown[]): Promise<{ rows: unknown[] }>
+}
+
+/** A pool and what became of its clients. */
+class PoolProbe implements EngineProbe {
+  readonly host: string | undefined
+  readonly pool: Pool
+  readonly #living = new Set<unknown>()
+
+  constructor(host: string | undefined, pool: Pool) {
+    this.host = host
+    this.pool = pool
+    pool.on('connect', (client) => {
+      this.#living.add(client)
+      client.once('end', () => this.#living.delete(client))
+    })
+  }
+
+  get open(): number {
+    return this.pool.totalCount
+  }
+
+  get busy(): number {
+    return this.pool.totalCount - this.pool.idleCount
+  }
+
+  get closed(): boolean {
+    return this.pool.ended
+  }
+
+  get living(): number {
+    return this.#living.size
+  }
+}
+
+/** Creates the tables of the suite and the harness; `close` stops its proxy. */
+export async function postgresHarness<Handle>(
+  database: TestDatabase,
+  subject: PostgresSubject<Handle>,
+  config: PoolConfig = {},
+): Promise<AdapterHarness<Handle> & { readonly wire: WireProxy; close(): Promise<void> }> {
+  const { rows } = database.witness
+  await rows('create table items (id int primary key, n int not null default 0)')
+  await rows('create table orphans (item int references items deferrable initially deferred)')
+  const wire = await startProxy(database.url)
+  let probes: PoolProbe[] = []
+  const { capabilities, query, define, ...operations } = subject
+  return {
+    ...operations,
+    wire,
+    close: () => wire.close(),
+    capabilities: { ...postgresCapabilities, ...capabilities },
+    define({ connections = 10, ...options } = {}) {
+      const pool = (host?: string) => {
+        const made = new Pool({ connectionString: wire.url, max: connections, ...config })
+        if (capabilities?.lossDetection === false) made.on('connect', (client) => client.on('error', () => {}))
+        made.on('error', () => {})
+        probes.push(new PoolProbe(host, made))
+        return made
+      }
+      return define(pool, options)
+    },
+    async reset() {
+      probes = []
+      await rows('truncate items, orphans')
+    },
+    engines: () => probes,
+    insert: (handle, id) => query(handle, 'insert into items (id) values ($1)', [id]),
+    ids: async (handle) => {
+      const result = await query(handle, 'select id from items order by id')
+      return (result.rows as { id: number }[]).map(({ id }) => id)
+    },
+    fail: (handle) => query(handle, 'select * from missing'),
+    witness: async () => (await rows<{ id: number }>('select id from items order by id')).map(({ id }) => id),
+    spoilCommit: (handle) => query(handle, 'insert into orphans values (-1)'),
+    endBehindTheBack: (handle) => query(handle, 'select 1; commit'),
+    change: (handle, id) => query(handle, 'update items set n = n + 1 where id = $1', [id]),
+    changeElsewhere: (id) => rows('update items set n = n + 1 where id = $1', [id]),
+    async gate() {
+      const { sql, open } = await databaseGate(database.url)
+      const waiting = async () =>
+        (await database.backends()).some((each) => each.query === sql && each.state === 'active')
+      return {
+        pass: (handle) => query(handle, sql),
+        reached: () => until(waiting, 'a statement at the gate'),
+        left: () => until(async () => !(await waiting()), 'the gate to be left'),
+        open,
+      }
+    },
+    async kill() {
+      const gates = "application_name <> 'gate'"
+      await rows(
+        `select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() and ${gates}`,
+      )
+      await until(() => probes.every(({ living }) => living === 0), 'the clients to notice')
+    },
+    loseCommit: () => wire.at('< C COMMIT', 'reset'),
+    cutAtBegin: (times) => wire.at(/^> [QP] (?:begin|start)/i, 'reset', { times }),
+  }
+}
+
+/** The text of the statement that each connection ran last, and whether it is in a transaction. */
+export async function openTransactions(database: TestDatabase): Promise<number> {
+  return (await database.backends()).filter(({ transactionStart }) => transactionStart !== null).length
+}
+
+/** Connects a client that nothing else uses. */
+export async function connectClient(url: string): Promise<Client> {
+  const client = new Client({ connectionString: url })
+  await client.connect()
+  return client
+}
