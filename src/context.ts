@@ -434,6 +434,8 @@ export async function runAfterHooks(hooks: AfterHook[]): Promise<void> {
       await detach(() => newContext(hook.run))
     } catch (error) {
       hook.onError(error)
+    } finally {
+      hook.leave?.()
     }
   }
 }

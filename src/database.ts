@@ -234,7 +234,8 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
       statusCode: 503,
     })
     return this.engines.shutdown(async () => {
-      await Promise.all([...this.sessions].map((session) => session.abort(error)))
+      const used = [...this.sessions].filter((session) => session.touched)
+      await Promise.all(used.map((session) => session.abort(error)))
     })
   }
 
@@ -242,6 +243,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   #session(): Session<Connection> {
     const context = currentScope()?.context
     if (!context) {
+      this.#assertNotPreparing()
       throw new AmbientError('AMBIENT_NO_CONTEXT', 'A session was asked for outside any context.', {
         database: this.name,
       })
@@ -297,19 +299,23 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   /** Concurrent sessions share one run of `beforeSession` (D2). */
   async prepare(): Promise<void> {
     const { beforeSession } = this.#options
+    this.engines.assertOpen()
     if (!beforeSession) return
-    for (const scope of enclosingScopes()) {
-      if (scope.preparing !== this) continue
-      throw new AmbientError('AMBIENT_BEFORE_SESSION', 'It was used inside its own `beforeSession`.', {
-        database: this.name,
-      })
-    }
+    this.#assertNotPreparing()
     this.#preparing ??= runInScope({ parent: undefined, context: undefined, preparing: this }, async () =>
       beforeSession(this),
     ).finally(() => {
       this.#preparing = undefined
     })
     await this.#preparing
+  }
+
+  #assertNotPreparing(): void {
+    for (const scope of enclosingScopes()) {
+      if (scope.preparing !== this) continue
+      const what = 'It was used inside its own `beforeSession`.'
+      throw new AmbientError('AMBIENT_BEFORE_SESSION', what, { database: this.name })
+    }
   }
 
   contextEnded(owner: Context): AmbientError {

@@ -1,7 +1,7 @@
 import type { Adapter, Capabilities } from './adapter.ts'
 import { detach } from './context.ts'
-import { AmbientError } from './errors.ts'
-import { bounded } from './time.ts'
+import { AmbientError, isAmbientError } from './errors.ts'
+import { bounded, nextTurn } from './time.ts'
 
 /** How long a cancelled statement may take to end before its connection is destroyed, in ms. */
 const cancelGrace = 1000
@@ -52,22 +52,49 @@ export class Lease<Connection> {
   }
 }
 
+/** Counts who is inside, and tells when nobody is. */
+class Tally {
+  #count = 0
+  readonly #onEmpty: (() => void)[] = []
+
+  get empty(): boolean {
+    return this.#count === 0
+  }
+
+  /** Returns what leaves again. */
+  enter(): () => void {
+    this.#count++
+    let inside = true
+    return () => {
+      if (!inside) return
+      inside = false
+      if (--this.#count === 0) for (const resolve of this.#onEmpty.splice(0)) resolve()
+    }
+  }
+
+  async emptied(): Promise<void> {
+    if (!this.empty) await new Promise<void>((resolve) => this.#onEmpty.push(resolve))
+  }
+}
+
 /** The engine of one host. */
 class Slot<Connection> {
   readonly adapter: Adapter<unknown, unknown, Connection>
   readonly host: string | undefined
-  readonly leases: Set<object> = new Set()
+  /** Sessions that hold a connection, or wait for one. */
+  readonly users: Tally = new Tally()
+  readonly #database: string
   /** The engine, once it is there. */
   ready: unknown
   #engine: Promise<unknown> | undefined
   #capabilities: Capabilities | undefined
-  readonly #onDrained: (() => void)[] = []
   /** Resolves when the only connection of a single-connection engine is free. */
   #turn: Promise<void> = Promise.resolve()
   holder: object | undefined
 
-  constructor(adapter: Adapter<unknown, unknown, Connection>, host: string | undefined) {
+  constructor(adapter: Adapter<unknown, unknown, Connection>, database: string, host: string | undefined) {
     this.adapter = adapter
+    this.#database = database
     this.host = host
   }
 
@@ -78,7 +105,8 @@ class Slot<Connection> {
       return this.ready
     }).catch((error) => {
       this.#engine = undefined
-      throw error
+      if (!isAmbientError(error, 'AMBIENT_HOST_MISSING')) throw error
+      throw new AmbientError('AMBIENT_HOST_MISSING', 'No host is configured.', { database: this.#database })
     })
     return this.#engine
   }
@@ -108,24 +136,15 @@ class Slot<Connection> {
     return free
   }
 
-  leave(lease: object): void {
-    this.leases.delete(lease)
-    if (this.leases.size === 0) for (const resolve of this.#onDrained.splice(0)) resolve()
-  }
-
-  /** Resolves when no session holds a connection. */
-  async drained(): Promise<void> {
-    if (this.leases.size === 0) return
-    await new Promise<void>((resolve) => this.#onDrained.push(resolve))
-  }
-
   /** Closes the engine, if there is one. */
   async close(): Promise<void> {
     const engine = this.#engine
-    if (!engine) return
     this.#engine = undefined
     this.ready = undefined
-    await detach(async () => this.adapter.closeEngine(await engine))
+    await engine?.then(
+      (made) => detach(() => this.adapter.closeEngine(made)),
+      () => {}, // it was never made
+    )
   }
 }
 
@@ -141,12 +160,17 @@ export class Engines<Connection> {
   readonly #adapter: Adapter<unknown, unknown, Connection>
   readonly #database: EngineHost
   #slot: Slot<Connection>
+  /** Hooks that are due or run after the end of a transaction. */
+  readonly hooks: Tally = new Tally()
+  #changing: Promise<void> = Promise.resolve()
+  /** Engines of former hosts, until they are closed. */
+  readonly #closing = new Set<Promise<void>>()
   #shutdown: Promise<void> | undefined
 
   constructor(adapter: Adapter<unknown, unknown, Connection>, database: EngineHost, host: string | undefined) {
     this.#adapter = adapter
     this.#database = database
-    this.#slot = new Slot(adapter, host)
+    this.#slot = new Slot(adapter, database.name, host)
   }
 
   get host(): string | undefined {
@@ -169,8 +193,7 @@ export class Engines<Connection> {
   async acquire(session: object, held: () => object[]): Promise<Lease<Connection>> {
     this.assertOpen()
     const slot = this.#slot
-    const pending = {}
-    slot.leases.add(pending) // so that the engine is not closed between here and the connection
+    const leave = slot.users.enter() // so that the engine is not closed between here and the connection
     let free = () => {}
     try {
       const deadline = performance.now() + this.#database.acquireTimeout
@@ -196,13 +219,13 @@ export class Engines<Connection> {
       lease = new Lease(slot, engine, connection, () => {
         slot.holder = undefined
         free()
-        slot.leave(pending)
+        leave()
       })
       lease.lost = lost
       return lease
     } catch (error) {
       free()
-      slot.leave(pending)
+      leave()
       throw error
     }
   }
@@ -225,22 +248,27 @@ export class Engines<Connection> {
   }
 
   /** Sends new transactions to `host`; the engine of the old one is closed when those under way have ended (D3). */
-  async changeHost(host: string): Promise<void> {
+  changeHost(host: string): Promise<void> {
+    const change = this.#changing.then(() => this.#change(host))
+    this.#changing = change.catch(() => {})
+    return change
+  }
+
+  async #change(host: string): Promise<void> {
     this.assertOpen()
-    if (host === this.#slot.host) return
     const old = this.#slot
-    const next = new Slot(this.#adapter, host)
+    if (host === old.host) return
+    const next = new Slot(this.#adapter, this.#database.name, host)
     if (old.created) await next.engine()
+    if (this.#shutdown) await next.close()
     this.assertOpen()
-    if (this.#slot !== old) {
-      await next.close()
-      return this.changeHost(host)
-    }
     this.#slot = next
-    void old
-      .drained()
+    const closing = old.users
+      .emptied()
       .then(() => old.close())
       .catch((error: unknown) => process.emitWarning(`ambient-db: closing an old engine failed: ${codeOf(error)}`))
+      .finally(() => this.#closing.delete(closing))
+    this.#closing.add(closing)
   }
 
   /** Refuses new work, waits for what is under way, closes the engine (D4). `interrupt` ends what is still there after the wait. */
@@ -250,9 +278,16 @@ export class Engines<Connection> {
   }
 
   async #close(interrupt: () => Promise<void>): Promise<void> {
-    const slot = this.#slot
-    await bounded(slot.drained(), this.#database.settleTimeout, () => undefined).catch(interrupt)
-    await slot.close()
+    await bounded(this.#quiet(), this.#database.settleTimeout, () => undefined).catch(interrupt)
+    await Promise.all([this.#slot.close(), ...this.#closing])
+  }
+
+  /** Resolves when no transaction is under way on any host, and no hook after one. */
+  async #quiet(): Promise<void> {
+    do {
+      await Promise.all([...this.#closing, this.#slot.users.emptied(), this.hooks.emptied()])
+      await nextTurn() // the hooks of the last transaction are due by then
+    } while (!this.#slot.users.empty || !this.hooks.empty)
   }
 }
 

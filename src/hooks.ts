@@ -9,6 +9,8 @@ export interface AfterHook {
   readonly run: Hook
   /** Takes its failure, which never changes the outcome. */
   readonly onError: (error: unknown) => void
+  /** Tells its database, whose shutdown waits for it, that it has run or never will. */
+  readonly leave?: () => void
 }
 
 /** The hooks of one transaction or savepoint, in the order of registration. */

@@ -454,7 +454,7 @@ export class Session<Connection>
     const before = copyHooks(root.hooks)
     const deferred = this.#deferred.length
     return () => {
-      this.#deferred.length = deferred
+      for (const dropped of this.#deferred.splice(deferred)) dropped.leave?.()
       moveHooks(before, this.transaction.root.hooks)
     }
   }
@@ -507,8 +507,9 @@ export class Session<Connection>
     dropHooks(root.hooks) // whoever still points at the block pins none of them
     if (!when) return
     const own = opened ? this.#database.hooks[when] : undefined
-    if (own) this.#deferred.push({ order: this.order, run: () => own(), onError: this.#database.reportHookError })
-    this.#deferred.push(...hooks[when])
+    const due = hooks[when]
+    if (own) due.unshift({ order: this.order, run: () => own(), onError: this.#database.reportHookError })
+    for (const hook of due) this.#deferred.push({ ...hook, leave: this.#database.engines.hooks.enter() })
   }
 
   // Participant: how its context ends it

@@ -1,4 +1,8 @@
 import { EventEmitter, once } from 'node:events'
+import { cpSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join, resolve } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import {
   type AmbientDatabase,
   defineDatabase,
@@ -11,7 +15,8 @@ import {
 import { pgAdapter } from 'ambient-db/pg'
 import { Pool } from 'pg'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
-import { type DatabaseGate, databaseGate, gate, until } from '../support/gate.ts'
+import { runChild, sourceUrl } from '../support/child.ts'
+import { databaseGate, gate } from '../support/gate.ts'
 import { createDatabase, type TestDatabase } from '../support/postgres.ts'
 
 let database: TestDatabase
@@ -305,7 +310,7 @@ describe('a context in the hand', () => {
 describe('hasContext', () => {
   it('is true while the context takes work, the join and its hooks included', async () => {
     const seen: [string, boolean][] = []
-    const wall: DatabaseGate = await databaseGate(database.url)
+    const wall = await databaseGate(database.url)
     const joined = gate()
     expect(hasContext()).toBe(false)
     const context = openContext()
@@ -370,6 +375,78 @@ describe('an ended context', () => {
   })
 })
 
-it('until: a condition that never holds is an error, not a hang', async () => {
-  expect(await until(() => true)).toBeUndefined()
+describe('two copies of the package', () => {
+  const directories: string[] = []
+  afterAll(() => {
+    for (const directory of directories) rmSync(directory, { recursive: true, force: true })
+  })
+
+  /** Another copy of the sources, with `change` made to its `context.ts`. */
+  function copySources(change: (text: string) => string = (text) => text): string {
+    const directory = mkdtempSync(join(tmpdir(), 'ambient-db-copy-'))
+    directories.push(directory)
+    cpSync('src', join(directory, 'src'), { recursive: true })
+    symlinkSync(resolve('node_modules'), join(directory, 'node_modules'))
+    writeFileSync(join(directory, 'package.json'), '{ "type": "module" }')
+    const file = join(directory, 'src/context.ts')
+    writeFileSync(file, change(readFileSync(file, 'utf8')))
+    return pathToFileURL(join(directory, 'src')).href
+  }
+
+  it('C7 share their contexts, their order and their errors', async () => {
+    const { status, stdout, stderr } = await runChild(
+      `
+      const one = await import(${JSON.stringify(sourceUrl('src/index.ts'))})
+      const two = await import(${JSON.stringify(`${copySources()}/index.ts`)})
+      const { pgAdapter } = await import(${JSON.stringify(sourceUrl('src/adapters/pg.ts'))})
+      const { Pool } = await import(${JSON.stringify(sourceUrl('node_modules/pg/esm/index.mjs'))})
+      const adapter = (name) => pgAdapter(() => new Pool({ connectionString: process.env.TEST_URL, application_name: name }))
+      const order = []
+      const define = (copy, name) =>
+        copy.defineDatabase({ name, adapter: adapter(name), hooks: { beforeCommit: () => order.push(name) } })
+      const databases = [define(two, 'a'), define(one, 'b'), define(two, 'c')]
+      const [a, b, c] = databases
+      const ids = new Set()
+      const seen = await one.newContext(async () => {
+        for (const each of [c, b, a]) await each.db.query('insert into notes (id) values ($1)', [order.length + ids.add(each).size])
+        return [two.hasContext(), a.session() === a.session(), two.detach(one.hasContext)]
+      })
+      const failure = await two.newContext(async () => {
+        await b.db.query('insert into notes (id) values (10)')
+        throw new Error('rolled back')
+      }).catch((error) => error.message)
+      const error = await b.db.query('select 1').catch((error) => error)
+      console.log(JSON.stringify({
+        different: one.newContext !== two.newContext,
+        seen, order, failure,
+        recognised: [one.isAmbientError(error, 'AMBIENT_NO_CONTEXT'), two.isAmbientError(error, 'AMBIENT_NO_CONTEXT'), error instanceof two.AmbientError],
+      }))
+      await Promise.all(databases.map((each) => each.shutdown()))
+      `,
+      { env: { TEST_URL: database.url } },
+    )
+    expect({ status, stderr }).toEqual({ status: 0, stderr: '' })
+    expect(JSON.parse(stdout)).toEqual({
+      different: true,
+      seen: [true, true, false],
+      order: ['a', 'b', 'c'],
+      failure: 'rolled back',
+      recognised: [true, true, false],
+    })
+    expect(await ids()).toEqual([1, 2, 3])
+  })
+
+  it('C7 refuses a copy that speaks another protocol, and names both', async () => {
+    const other = copySources((text) => text.replace('const protocol = 1', 'const protocol = 7'))
+    const { status, stdout, stderr } = await runChild(`
+      await import(${JSON.stringify(sourceUrl('src/index.ts'))})
+      const error = await import(${JSON.stringify(`${other}/index.ts`)}).catch((error) => error)
+      console.log(JSON.stringify({ code: error.code, message: error.message }))
+    `)
+    expect({ status, stderr }).toEqual({ status: 0, stderr: '' })
+    expect(JSON.parse(stdout)).toEqual({
+      code: 'AMBIENT_PROTOCOL_MISMATCH',
+      message: expect.stringMatching(/protocol 1\b.*\b7\b.*npm ls ambient-db/),
+    })
+  })
 })
