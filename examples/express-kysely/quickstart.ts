@@ -1,12 +1,14 @@
 // npm run quickstart [-- --serve]
-import { once } from 'node:events'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 
-const stopped = Promise.race([once(process, 'SIGINT'), once(process, 'SIGTERM')])
+const stopped = new Promise<void>((stop) => {
+  // Not `once`: npm hands on what the terminal has sent to all already.
+  for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => stop())
+})
 const folder = await mkdtemp(join(tmpdir(), 'order-service-'))
 try {
   process.env.DATABASE_URL ||= pathToFileURL(join(folder, 'orders.db')).href
@@ -46,7 +48,7 @@ async function quickstart(): Promise<boolean> {
     log = undefined
     invite(url)
     await stopped
-    console.log('Stopping.')
+    console.log('\nStopping.')
     return true
   } finally {
     await witness.close()

@@ -6,6 +6,8 @@ export interface Tables {
   stock: { item: string; pieces: number }
   orders: { id: Generated<number>; customer: string }
   order_lines: { order_id: number; item: string; pieces: number }
+  /** What scenarios.ts writes. */
+  journal: { id: Generated<number>; text: string }
 }
 
 /** Creates the tables, empty but for the stock. */
@@ -14,6 +16,7 @@ export async function createTables(): Promise<void> {
     await dropTables() // what an interrupted run left behind
     await db.schema.createSchema(schema).execute()
   }
+  const serial = engine === 'sqlite' ? 'integer' : 'serial'
   await db.schema
     .createTable('stock')
     .addColumn('item', 'text', (column) => column.primaryKey())
@@ -21,7 +24,7 @@ export async function createTables(): Promise<void> {
     .execute()
   await db.schema
     .createTable('orders')
-    .addColumn('id', engine === 'sqlite' ? 'integer' : 'serial', (column) => column.primaryKey())
+    .addColumn('id', serial, (column) => column.primaryKey())
     .addColumn('customer', 'text', (column) => column.notNull())
     .execute()
   await db.schema
@@ -33,6 +36,11 @@ export async function createTables(): Promise<void> {
     .addForeignKeyConstraint('order_lines_item', ['item'], 'stock', ['item'], (constraint) =>
       constraint.deferrable().initiallyDeferred(),
     )
+    .execute()
+  await db.schema
+    .createTable('journal')
+    .addColumn('id', serial, (column) => column.primaryKey())
+    .addColumn('text', 'text', (column) => column.notNull())
     .execute()
 
   await db
@@ -49,5 +57,5 @@ export async function createTables(): Promise<void> {
 /** Removes the tables and all that is in them. */
 export async function dropTables(): Promise<void> {
   if (schema) await db.schema.dropSchema(schema).ifExists().cascade().execute()
-  else for (const table of ['order_lines', 'orders', 'stock']) await db.schema.dropTable(table).ifExists().execute()
+  else for (const table of ['journal', 'order_lines', 'orders', 'stock']) await db.schema.dropTable(table).execute()
 }
