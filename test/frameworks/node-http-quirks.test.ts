@@ -1,0 +1,334 @@
+import { once } from 'node:events'
+import { IncomingMessage, type RequestListener, ServerResponse } from 'node:http'
+import {
+  type ClientHttp2Session,
+  connect,
+  createServer,
+  type Http2ServerRequest,
+  type Http2ServerResponse,
+  type IncomingHttpHeaders,
+  type OutgoingHttpHeaders,
+} from 'node:http2'
+import { type AddressInfo, Socket } from 'node:net'
+import { Readable, Writable } from 'node:stream'
+import { text } from 'node:stream/consumers'
+import { setImmediate as nextTurn } from 'node:timers/promises'
+import { databaseContext, type NodeHttpOptions } from 'ambient-db/node-http'
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
+import { RawClient } from '../../src/conformance/raw-client.ts'
+import { createDatabases, type Databases, send, serve } from './support.ts'
+
+let databases: Databases
+const closing: (() => unknown)[] = []
+const warnings: Error[] = []
+const onWarning = (warning: Error) => warnings.push(warning)
+
+beforeAll(async () => {
+  databases = await createDatabases()
+  await databases.main.witness('create table notes (id text primary key)')
+  await databases.main.witness('create table parents (id int primary key)')
+  await databases.main.witness('create table doomed (parent int references parents deferrable initially deferred)')
+  process.on('warning', onWarning)
+})
+beforeEach(async () => {
+  warnings.length = 0
+  await databases.main.witness('truncate notes')
+})
+afterEach(async () => {
+  for (const close of closing.splice(0).reverse()) await close()
+})
+afterAll(async () => {
+  process.off('warning', onWarning)
+  await databases.close()
+})
+
+async function note(id: string): Promise<void> {
+  await databases.main.query('insert into notes values ($1)', [id])
+}
+
+async function doom(): Promise<void> {
+  await databases.main.query('insert into doomed values (1)')
+}
+
+async function notes(): Promise<unknown[]> {
+  return (await databases.main.witness('select id from notes order by id')).map(({ id }) => id)
+}
+
+async function openTransactions(): Promise<number> {
+  const sql = 'select 1 from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()'
+  return (await databases.main.witness(`${sql} and xact_start is not null`)).length
+}
+
+async function start(
+  handler: RequestListener,
+  options?: NodeHttpOptions<IncomingMessage, ServerResponse>,
+): Promise<RawClient> {
+  const server = await serve(databaseContext(handler, options))
+  closing.push(() => server.close())
+  const client = await RawClient.open(server.port)
+  closing.push(() => client.destroy())
+  return client
+}
+
+describe('node:http without error handling of its own', () => {
+  it('H1 answers a failed commit with a plain 500, and warns', async () => {
+    const client = await start(async (_request, response) => {
+      await doom()
+      response.setHeader('set-cookie', 'a=b')
+      response.end('good')
+    })
+    client.send({ path: '/' })
+    const { status, headers, body } = await client.answer()
+    expect([status, headers['set-cookie'], body]).toEqual([500, undefined, 'Internal Server Error'])
+    await nextTurn()
+    expect(warnings.map(({ name, message }) => [name, message])).toEqual([
+      ['AmbientRequestWarning', expect.stringMatching(/foreign key/)],
+    ])
+  })
+
+  it('H3 answers a throw by its statusCode, and warns only of server errors', async () => {
+    const client = await start((request) => {
+      throw Object.assign(new Error('no'), { statusCode: Number(request.url?.slice(1)) })
+    })
+    for (const [path, expected] of Object.entries({ '/503': 503, '/418': 418, '/200': 500, '/no': 500 })) {
+      client.send({ path })
+      expect((await client.answer()).status).toBe(expected)
+    }
+    await nextTurn()
+    expect(warnings).toHaveLength(3)
+  })
+
+  it('H3 answers anything that is thrown', async () => {
+    const client = await start(async () => Promise.reject(undefined))
+    client.send({ path: '/' })
+    expect((await client.answer()).status).toBe(500)
+  })
+
+  it('H3 gives an answer up whose handler throws behind its head', async () => {
+    const client = await start(async (_request, response) => {
+      response.writeHead(200, { 'content-length': 10 })
+      response.write('half')
+      throw new Error('no')
+    })
+    client.send({ path: '/' })
+    await client.closed
+    await nextTurn()
+    expect(warnings).toHaveLength(1)
+  })
+
+  it('H3 lets an answer stand that had left when the handler threw', async () => {
+    const client = await start(async (_request, response) => {
+      response.end('good')
+      throw new Error('no')
+    })
+    client.send({ path: '/' })
+    expect((await client.answer()).body).toBe('good')
+    await nextTurn()
+    expect(warnings).toHaveLength(1)
+  })
+
+  it('H3 rolls back when the handler throws while its answer is held', async () => {
+    const seen: unknown[] = []
+    const onError: NodeHttpOptions<IncomingMessage, ServerResponse>['onError'] = (error, _request, response) => {
+      seen.push((error as Error).message, response.headersSent)
+      response.writeHead(500).end('failed')
+    }
+    const client = await start(
+      async (_request, response) => {
+        await note('a')
+        response.end('good')
+        throw new Error('behind the answer')
+      },
+      { onError },
+    )
+    client.send({ path: '/' })
+    const { status, body } = await client.answer()
+    expect([status, body]).toEqual([500, 'failed'])
+    expect(seen).toEqual(['behind the answer', false])
+    expect(await notes()).toEqual([])
+  })
+
+  it('destroys the response when onError throws', async () => {
+    const client = await start(
+      () => {
+        throw new Error('first')
+      },
+      { onError: () => Promise.reject(new Error('second')) },
+    )
+    client.send({ path: '/' })
+    await client.closed
+    await nextTurn()
+    expect(warnings.map(({ message }) => message)).toEqual([expect.stringMatching(/second/)])
+  })
+
+  it('H3 works without a context too', async () => {
+    const client = await start(() => Promise.reject(new Error('no')), { skip: () => true })
+    client.send({ path: '/' })
+    expect((await client.answer()).status).toBe(500)
+  })
+
+  it('H4 is quiet about a handler that fails because its client is gone', async () => {
+    let entered = () => {}
+    let failed: unknown
+    const inside = new Promise<void>((resolve) => {
+      entered = resolve
+    })
+    const client = await start(async (_request, response) => {
+      await note('a')
+      entered()
+      await once(response, 'close')
+      await note('b').catch((error) => {
+        failed = error
+        throw error
+      })
+    })
+    client.send({ path: '/' })
+    await inside
+    client.destroy()
+    while (!failed || (await openTransactions()) > 0) await nextTurn()
+    expect(warnings).toEqual([])
+    expect(await notes()).toEqual([])
+  })
+
+  it('H4 rolls back a pipelined request that is not answered yet when its client goes', async () => {
+    let entered = 0
+    const client = await start(async () => {
+      await note(String(entered++))
+    })
+    client.send({ path: '/' })
+    client.send({ path: '/' })
+    while (entered < 2 || (await openTransactions()) < 2) await nextTurn()
+    client.destroy()
+    while ((await openTransactions()) > 0) await nextTurn()
+    expect(await notes()).toEqual([])
+  })
+
+  it('H1 answers an error when Node cannot send the answer that was committed', async () => {
+    const client = await start(async (_request, response) => {
+      await note('a')
+      response.writeHead(200, { trailer: 'x-sum', 'content-length': 4 }) // trailers need a chunked body
+      response.end('body')
+    })
+    client.send({ path: '/' })
+    const { status, headers } = await client.answer()
+    expect([status, headers.trailer]).toEqual([500, undefined])
+    expect(await notes()).toEqual(['a'])
+  })
+
+  it('H5 serves a response without a server, on a stream that was assigned to it', async () => {
+    const request = new IncomingMessage(new Socket())
+    const response = new ServerResponse(request)
+    let received = ''
+    const socket = new Writable({
+      write(chunk, _encoding, done) {
+        received += chunk
+        done()
+      },
+    })
+    response.assignSocket(socket as Socket)
+    databaseContext(async (_request, answer) => {
+      await note('a')
+      answer.end('good')
+    })(request, response)
+    await once(response, 'finish')
+    expect(received).toMatch(/^HTTP\/1\.1 200 OK\r\n.*good$/s)
+    expect(await notes()).toEqual(['a'])
+  })
+})
+
+describe('node:http2', () => {
+  type Handler = (request: Http2ServerRequest, response: Http2ServerResponse) => unknown
+
+  async function startHttp2(handler: Handler): Promise<ClientHttp2Session> {
+    const server = createServer(databaseContext<Http2ServerRequest, Http2ServerResponse>(handler))
+    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
+    closing.push(() => server.close())
+    const session = connect(`http://127.0.0.1:${(server.address() as AddressInfo).port}`)
+    closing.push(() => session.destroy())
+    return session
+  }
+
+  async function ask(session: ClientHttp2Session, headers: OutgoingHttpHeaders = {}) {
+    const stream = session.request({ ':path': '/', ...headers })
+    const trailers: IncomingHttpHeaders[] = []
+    stream.on('trailers', (fields) => trailers.push(fields))
+    const body = text(stream)
+    const [head] = (await once(stream, 'response')) as [IncomingHttpHeaders & { ':status': number }]
+    const committed = await notes()
+    return { head, status: head[':status'], committed, body: await body, trailers }
+  }
+
+  it('H1 commits before the head leaves', async () => {
+    const session = await startHttp2(async (request, response) => {
+      await note(await text(request.on('error', () => {})))
+      response.writeHead(201, { 'x-kind': 'flat' })
+      response.write('go')
+      response.end('od')
+    })
+    const { status, head, committed, body } = await ask(session, { ':method': 'GET' })
+    expect([status, head['x-kind'], body, committed]).toEqual([201, 'flat', 'good', ['']])
+  })
+
+  it('H1 answers a failed commit, and nothing of the first answer leaks', async () => {
+    const session = await startHttp2(async (_request, response) => {
+      await doom()
+      response.setHeader('set-cookie', ['a=b', 'c=d'])
+      response.addTrailers({ 'x-sum': '1' })
+      response.statusCode = 201
+      response.end('good')
+    })
+    const { status, head, body, trailers } = await ask(session)
+    expect([status, head['set-cookie'], body, trailers]).toEqual([500, undefined, 'Internal Server Error', []])
+  })
+
+  it('H4 rolls back when the client resets the stream', async () => {
+    let entered = () => {}
+    const inside = new Promise<void>((resolve) => {
+      entered = resolve
+    })
+    const session = await startHttp2(async (_request, response) => {
+      await note('a')
+      entered()
+      await once(response, 'close')
+    })
+    const stream = session.request({ ':path': '/' }).on('error', () => {})
+    await inside
+    expect(await openTransactions()).toBe(1)
+    stream.close(8)
+    while ((await openTransactions()) > 0) await nextTurn()
+    expect(await notes()).toEqual([])
+  })
+
+  it('H5 streams 5 MB behind the commit, and ends with trailers', async () => {
+    const session = await startHttp2(async (_request, response) => {
+      await note('a')
+      response.addTrailers({ 'x-sum': '5' })
+      send(Readable.from(Array<string>(100).fill('x'.repeat(50_000))), response as unknown as NodeJS.WritableStream)
+    })
+    const { committed, body, trailers } = await ask(session)
+    expect([committed, body.length]).toEqual([['a'], 5_000_000])
+    expect(trailers).toMatchObject([{ 'x-sum': '5' }])
+  })
+
+  it('H7 answers HEAD, 204 and a redirect', async () => {
+    const session = await startHttp2(async (request, response) => {
+      await note(request.method + request.url)
+      response.writeHead(request.url === '/204' ? 204 : 302, { location: '/' }).end()
+    })
+    for (const [method, path, expected] of [
+      ['HEAD', '/', 302],
+      ['GET', '/204', 204],
+      ['GET', '/', 302],
+    ] as const) {
+      const { status, committed } = await ask(session, { ':method': method, ':path': path })
+      expect(status).toBe(expected)
+      expect(committed).toContain(method + path)
+    }
+  })
+
+  it('H7 warns of nothing', async () => {
+    const session = await startHttp2((_request, response) => response.end('good'))
+    await ask(session)
+    expect(warnings).toEqual([])
+  })
+})
