@@ -165,18 +165,16 @@ async function nested<Connection, Result>(
 ): Promise<Result> {
   const { transaction } = session
   const enclosed = transaction.claimed || outer !== transaction.root
-  transaction.agree(settings)
   transaction.assertUsable(outer)
-  if (mode === 'join') {
-    transaction.autocommit = false
-    try {
-      return await attempt(outer)
-    } catch (error) {
-      if (transaction.opened || enclosed) transaction.doom(outer, error)
-      throw error
-    }
+  const letGo = transaction.claim(settings)
+  try {
+    return await (mode === 'join' ? attempt(outer) : session.withSavepoint(outer, attempt))
+  } catch (error) {
+    if (mode === 'join' && (transaction.opened || enclosed)) transaction.doom(outer, error)
+    throw error
+  } finally {
+    letGo()
   }
-  return session.withSavepoint(outer, attempt)
 }
 
 /** The block owns the transaction from BEGIN to COMMIT, once for each attempt. */

@@ -55,14 +55,17 @@ export class NativeTransaction<Connection> implements NativeBlock {
       const turn = async () => {
         const { transaction } = session
         const outer = enclosing?.level ?? transaction.root
-        transaction.agree(settings)
         transaction.assertUsable(outer)
         const owns = transaction.autocommit && !transaction.opened && !enclosing
-        if (owns) transaction.autocommit = false
+        const letGo = transaction.claim(settings)
         block.level = owns ? transaction.root : new Level(outer)
         block.begun = true
         resolve()
-        await this.#settle(block, block.level, transaction, await finished)
+        try {
+          await this.#settle(block, block.level, transaction, await finished)
+        } finally {
+          letGo()
+        }
       }
       this.#turn = session.inTurn(lane, block, turn)
       this.#turn.catch((error) => {

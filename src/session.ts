@@ -18,7 +18,7 @@ import {
 import { Lane, type LaneHost, type Occupant } from './lane.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
-import { Level, Transaction, type TransactionHost } from './transaction.ts'
+import { hasEnded, Level, Transaction, type TransactionHost } from './transaction.ts'
 
 /** One conversation with one database: idle until its first statement, open until a commit or rollback, and so on until closed. */
 export interface AmbientSession<Handle> {
@@ -233,10 +233,14 @@ export class Session<Connection>
 
   begin = (options: TransactionSettings = {}): Promise<void> => {
     return this.#act('begin()', this.enclosingBlock(), async (level) => {
-      this.transaction.agree(options)
-      this.transaction.assertUsable(level)
-      this.transaction.autocommit = false
-      await this.transaction.open(level)
+      const { transaction } = this
+      transaction.assertUsable(level)
+      const letGo = transaction.claim(options)
+      try {
+        await transaction.open(level)
+      } finally {
+        letGo()
+      }
     })
   }
 
@@ -294,8 +298,9 @@ export class Session<Connection>
   #hooks(): Hooks {
     this.assertAccepts()
     const block = this.enclosingBlock()
-    if (block && !block.live) throw this.blockEnded(block)
-    return (block?.level ?? this.transaction.root).hooks
+    const level = block?.level ?? this.transaction.root
+    if (block && (!block.live || hasEnded(level))) throw this.blockEnded(block)
+    return level.hooks
   }
 
   #act(label: string, block: Block<Connection> | undefined, work: (level: Level) => Promise<void>): Promise<void> {

@@ -121,6 +121,21 @@ export class Transaction<Connection> {
     }
   }
 
+  /**
+   * Like {@link Transaction.agree}, for a block that may open nothing; what is inside must agree with it as well.
+   *
+   * @returns lets go of the options again if nothing was opened.
+   */
+  claim(settings: TransactionSettings): () => void {
+    const { settings: before, claimed, autocommit } = this
+    this.agree(settings)
+    this.claimed = true
+    this.autocommit = false
+    return () => {
+      if (!this.opened) Object.assign(this, { settings: before, claimed, autocommit })
+    }
+  }
+
   /** Opens `level` and what surrounds it, then runs `statement`. */
   async run<Result>(level: Level, statement: (connection: Connection) => Promise<Result>): Promise<Result> {
     this.assertUsable(level)
@@ -419,7 +434,7 @@ export class Transaction<Connection> {
     await this.stop(false) // a block inside that was cut off may be at its end
     const step = async (act: (lease: Lease<Connection>) => Promise<void>) => {
       const lease = this.#lease
-      if (level.opened && lease && !lease.lost && !this.root.failure && !surroundingsEnded(level)) {
+      if (level.opened && lease && !lease.lost && !this.root.failure && !hasEnded(level.parent)) {
         await this.#onWire(this.#bounded(act(lease)))
       }
     }
@@ -488,9 +503,9 @@ async function stateAfterFailure<Connection>({ adapter, connection }: Lease<Conn
   return adapter.transactionStatus?.(connection)
 }
 
-/** What surrounds the savepoint was rolled back already, and the savepoint with it. */
-function surroundingsEnded(level: Level): boolean {
-  for (let each = level.parent; each; each = each.parent) if (each.refusal) return true
+/** Whether `level` has ended, by itself or with what surrounds it. */
+export function hasEnded(level: Level | undefined): boolean {
+  for (let each = level; each; each = each.parent) if (each.refusal) return true
   return false
 }
 

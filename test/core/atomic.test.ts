@@ -386,6 +386,19 @@ describe('options', () => {
     })
   })
 
+  it('A7 holds what is inside a joining block to its options, and lets go of them if nothing was opened', async () => {
+    await newContext(async () => {
+      const block = async () => {
+        const inner = main.atomic(() => note('a'), { isolationLevel: 'serializable' })
+        await expect(inner).rejects.toMatchObject({ code: 'AMBIENT_TRANSACTION_OPTIONS' })
+      }
+      await main.atomic(block, { current: 'join', isolationLevel: 'repeatable read', readOnly: true })
+      await main.begin({ isolationLevel: 'serializable' })
+      expect(await show('transaction_isolation')).toBe('serializable')
+      expect(await show('transaction_read_only')).toBe('off')
+    })
+  })
+
   it('A7 does not care about the options of a transaction that the block ends', async () => {
     await newContext(async () => {
       await main.begin({ readOnly: true })
@@ -776,6 +789,49 @@ describe('the end of a block', () => {
       })
     })
     expect(await notes()).toEqual(['a', 'b'])
+  })
+
+  it('A6 refuses late statements of a joining block, which never reach the transaction', async () => {
+    for (const nested of [false, true]) {
+      await subject.clear()
+      const work = async () => {
+        const late = gate()
+        let laterOn: Promise<unknown> | undefined
+        await note('a')
+        await main.atomic(
+          () => {
+            laterOn = late.passed.then(() => note('late'))
+          },
+          { current: 'join' },
+        )
+        late.open()
+        await expect(laterOn).rejects.toMatchObject(ended)
+        await note('b')
+      }
+      await newContext(() => (nested ? main.atomic(work) : work()))
+      expect(await notes()).toEqual(['a', 'b'])
+    }
+  })
+
+  it('A6 refuses hooks of an inner block that was cut off', async () => {
+    await newContext(async () => {
+      const inner = { began: gate(), goOn: gate() }
+      let zombie: Promise<unknown> | undefined
+      const outer = main.atomic(async () => {
+        await note('a')
+        zombie = main.atomic(async () => {
+          inner.began.open()
+          await inner.goOn.passed
+          expect(() => main.afterCommit(() => {})).toThrow(expect.objectContaining(ended))
+        })
+        zombie.catch(() => {})
+        await inner.began.passed
+        throw boom
+      })
+      await expect(outer).rejects.toBe(boom)
+      inner.goOn.open()
+      await expect(zombie).rejects.toMatchObject(ended)
+    })
   })
 
   it('A6 lets new contexts and sessions of its late code through', async () => {

@@ -234,6 +234,26 @@ describe('a leased client', () => {
     expect(await notes()).toEqual(['a'])
   })
 
+  it('A7 holds what is inside it to the options of its BEGIN, and lets go of them if nothing was opened', async () => {
+    await newContext(async () => {
+      const options = { code: 'AMBIENT_TRANSACTION_OPTIONS' }
+      await kysely
+        .transaction()
+        .setIsolationLevel('repeatable read')
+        .execute(async () => {
+          const inner = main.atomic(() => note('x'), { isolationLevel: 'serializable' })
+          await expect(inner).rejects.toMatchObject(options)
+        })
+      await withClient(async (client) => {
+        await client.query('begin isolation level serializable read only')
+        await client.query('commit')
+      })
+      await note('a')
+    })
+    expect(await notes()).toEqual(['a'])
+    expect(subject.sent[0]).toBe('BEGIN')
+  })
+
   it('A4 S4 fails at COMMIT when it swallowed the error of a statement, and the outer work stays', async () => {
     await newContext(async () => {
       await note('a')

@@ -328,6 +328,17 @@ describe('begin', () => {
       await database.db.query("insert into notes values ('a')")
     })
     expect(await notes()).toEqual(['a'])
+    expect(verbs()).toEqual(['BEGIN', 'insert', 'COMMIT'])
+    broken = true
+    await newContext(
+      async () => {
+        await expect(database.begin()).rejects.toBe(boom)
+        broken = false
+        await database.db.query("insert into notes values ('b')")
+        expect(await notes()).toEqual(['a', 'b'])
+      },
+      { transaction: 'autocommit' },
+    )
   })
 })
 
