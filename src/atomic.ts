@@ -217,7 +217,6 @@ function nestingError<Connection>(session: Session<Connection>, mode: CurrentTra
 }
 
 function transactionOpen<Connection>(session: Session<Connection>, what: string): AmbientError {
-  return new AmbientError('AMBIENT_TRANSACTION_OPEN', `A transaction is open already, and ${what} wants its own.`, {
-    database: session.name,
-  })
+  const text = `A transaction is open already, and ${what} wants its own.${session.transaction.whereBegun}`
+  return new AmbientError('AMBIENT_TRANSACTION_OPEN', text, { database: session.name })
 }

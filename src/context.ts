@@ -313,7 +313,8 @@ export class Context implements AmbientContext, Unit {
     this.#afterHooks = []
     if (contextChannel.hasSubscribers) {
       const type = state === 'committed' || state === 'rolled-back' ? state : 'failed'
-      contextChannel.publish({ type, contextId: this.id, duration: performance.now() - this.#openedAt, error })
+      const duration = this.#openedAt === 0 ? undefined : performance.now() - this.#openedAt
+      contextChannel.publish({ type, contextId: this.id, duration, error })
     }
     return hooks
   }

@@ -4,6 +4,7 @@ import type { AtomicOptions } from './atomic.ts'
 import { Context, currentScope, enclosingScopes, liveScope, nextNumber, runInScope, runUnit } from './context.ts'
 import { Engines } from './engine.ts'
 import { AmbientError } from './errors.ts'
+import { sessionChannel } from './events.ts'
 import type { Hook } from './hooks.ts'
 import type { NativeTransaction } from './native.ts'
 import { type AmbientSession, Session } from './session.ts'
@@ -250,7 +251,13 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     }
     const known = context.peek(this) as Session<Connection> | undefined // only this database puts one under its key
     if (known) return known
-    if (context.closedToNewSessions) throw this.contextEnded(context)
+    if (context.closedToNewSessions) {
+      const error = this.contextEnded(context)
+      if (sessionChannel.hasSubscribers) {
+        sessionChannel.publish({ type: 'refused', contextId: context.id, database: this.name, error })
+      }
+      throw error
+    }
     const transaction = context.options.transaction ?? this.#transaction
     return context.session(this, () => new Session(this, context, { transaction, hold: false }))
   }

@@ -1,26 +1,40 @@
 import { channel } from 'node:diagnostics_channel'
 
 interface Common {
-  /** Number of the context, unique in the process; absent for a session outside any context. */
-  readonly contextId?: number | undefined
+  /** Number of the context, unique in the process. A session beside the context is a context of its own here. */
+  readonly contextId: number
 }
 
 /** Published on `ambient-db:context`. */
 export interface ContextEvent extends Common {
   readonly type: 'opened' | 'committed' | 'rolled-back' | 'failed'
-  /** Milliseconds since the context was opened. */
-  readonly duration?: number
+  /** Milliseconds since the context was opened; absent if nobody listened then. */
+  readonly duration?: number | undefined
   /** Why it did not commit, or what failed while it ended. */
   readonly error?: unknown
 }
 
 /** Published on `ambient-db:session`. */
 export interface SessionEvent extends Common {
-  readonly type: 'opened' | 'acquired' | 'released' | 'destroyed' | 'closed' | 'refused' | 'statement' | 'hook-failed'
-  readonly sessionId: number
+  readonly type:
+    | 'opened'
+    | 'acquired'
+    | 'acquire-failed'
+    | 'statement'
+    | 'released'
+    | 'destroyed'
+    | 'closed'
+    | 'refused'
+    | 'hook-failed'
+  /** Number of the session, unique in the process; absent where late work found its context ended and got no session. */
+  readonly sessionId?: number
   readonly database: string
-  /** Milliseconds: waited for a connection (`acquired`), held it (`released`), ran (`statement`). */
+  /**
+   * Milliseconds: waited for a connection (`acquired`, `acquire-failed`), held it (`released`, `destroyed`), took from being
+   * sent to its answer (`statement`; a stream to its end).
+   */
   readonly duration?: number
+  /** What failed, or what was refused with. */
   readonly error?: unknown
 }
 
@@ -30,13 +44,15 @@ export interface TransactionEvent extends Common {
   readonly sessionId: number
   readonly database: string
   /** Milliseconds since BEGIN was sent (`begun`: that BEGIN took). */
-  readonly duration?: number
+  readonly duration: number
+  /** Why it was rolled back, or what failed. */
   readonly error?: unknown
 }
 
 /**
  * The channels of `node:diagnostics_channel` that every step is published on, by the type of their messages.
- * While nobody listens a step costs one property read. No message ever holds SQL text, parameters or connection settings.
+ * While nobody listens a step costs one property read. No message holds SQL text, parameters or connection settings, except
+ * what a driver's own error may quote. Subscribers are called synchronously, inside the context they are told of.
  */
 export interface AmbientEvents {
   'ambient-db:context': ContextEvent

@@ -4,7 +4,7 @@ import { type Context, currentScope, enclosingScopes, insideHook, nextNumber, ru
 import type { DatabaseCore } from './database.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
-import { sessionChannel } from './events.ts'
+import { type SessionEvent, sessionChannel } from './events.ts'
 import {
   type AfterHook,
   afterHook,
@@ -18,6 +18,7 @@ import {
 import { Lane, type LaneHost, type Occupant } from './lane.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
+import { callerStack } from './trace.ts'
 import { hasEnded, Level, Transaction, type TransactionHost } from './transaction.ts'
 
 /** One conversation with one database: idle until its first statement, open until a commit or rollback, and so on until closed. */
@@ -75,6 +76,8 @@ export class Session<Connection>
   readonly #settings: SessionSettings
   #handle: unknown
   #closed: (() => AmbientError) | undefined
+  /** Where it was closed by hand, while tracing. */
+  #closedAt: string | undefined
   #prepared = false
   #held: Lease<Connection> | undefined
   #heldSince = 0
@@ -161,12 +164,7 @@ export class Session<Connection>
 
   /** Where the caller is, for errors that speak of it later; only while tracing (O2). */
   place(): string | undefined {
-    if (!this.#database.trace) return undefined
-    const limit = Error.stackTraceLimit
-    Error.stackTraceLimit = 40 // the frames of this package and of an ORM come first
-    const { stack } = new Error('place')
-    Error.stackTraceLimit = limit
-    return stack?.split('\n').slice(3).join('\n')
+    return this.#database.trace ? callerStack() : undefined
   }
 
   // Statements
@@ -177,21 +175,20 @@ export class Session<Connection>
     if (refusal) return Promise.reject(refusal)
     const lane = block?.inner ?? this.lane
     const occupant: Occupant = { label: 'a statement', place: this.place() }
-    if (!sessionChannel.hasSubscribers) {
-      return lane.run(occupant, () => this.transaction.run(block?.level ?? this.transaction.root, statement))
-    }
-    return lane.run(occupant, async () => {
+    const sent = sessionChannel.hasSubscribers ? this.#published(statement) : statement
+    return lane.run(occupant, () => this.transaction.run(block?.level ?? this.transaction.root, sent))
+  }
+
+  /** The same statement, published when it is answered. */
+  #published<Result>(statement: (connection: Connection) => Promise<Result>): typeof statement {
+    return (connection) => {
       const startedAt = performance.now()
-      let failure: unknown
-      try {
-        return await this.transaction.run(block?.level ?? this.transaction.root, statement)
-      } catch (error) {
-        failure = error
-        throw error
-      } finally {
-        this.#publish('statement', { duration: performance.now() - startedAt, error: failure })
-      }
-    })
+      const answer = statement(connection)
+      const publish = (error?: unknown) =>
+        this.#publish('statement', { duration: performance.now() - startedAt, error })
+      answer.then(() => publish(), publish)
+      return answer
+    }
   }
 
   async openStream(destroy: (error: Error) => void, native?: NativeBlock): Promise<OpenStream<Connection>> {
@@ -217,7 +214,10 @@ export class Session<Connection>
         this.#destroyStream = destroy
         if (this.#streamEnd) destroy(this.#streamEnd)
         resolve({ connection, closing, close })
-        await settle(await ended)
+        const startedAt = performance.now()
+        const failure = await ended
+        this.#publish('statement', { duration: performance.now() - startedAt, error: failure })
+        await settle(failure)
         this.#destroyStream = undefined
         this.#streamEnd = undefined
       }
@@ -258,12 +258,13 @@ export class Session<Connection>
 
   close = (outcome?: 'commit' | 'rollback'): Promise<void> => {
     if (this.closed) return Promise.resolve()
+    const closedAt = this.place()
     return this.#actOutside('close()', async () => {
       if (this.inTransaction && outcome === undefined) {
-        throw new AmbientError('AMBIENT_TRANSACTION_OPEN', 'The session was to be closed with a transaction open.', {
-          database: this.name,
-        })
+        const what = `The session was to be closed with a transaction open.${this.transaction.whereBegun}`
+        throw new AmbientError('AMBIENT_TRANSACTION_OPEN', what, { database: this.name })
       }
+      this.#closedAt = closedAt
       if (outcome === 'rollback') await this.rollbackNow()
       else await this.commitNow()
       await this.#die()
@@ -283,11 +284,16 @@ export class Session<Connection>
   }
 
   afterCommit = (hook: Hook): void => {
-    this.#hooks().afterCommit.push(afterHook(hook, this.#database.reportHookError))
+    this.#hooks().afterCommit.push(afterHook(hook, this.#hookFailed))
   }
 
   afterRollback = (hook: Hook): void => {
-    this.#hooks().afterRollback.push(afterHook(hook, this.#database.reportHookError))
+    this.#hooks().afterRollback.push(afterHook(hook, this.#hookFailed))
+  }
+
+  #hookFailed = (error: unknown): void => {
+    this.#publish('hook-failed', { error })
+    this.#database.reportHookError(error)
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -367,8 +373,10 @@ export class Session<Connection>
 
   #refusal(): AmbientError | undefined {
     const refusal = this.#closed ?? (this.#owner.fenced && !insideHook(this.#owner) ? this.#contextEnded : undefined)
-    if (!refusal) return undefined
-    const error = refusal()
+    return refusal && this.#refused(refusal())
+  }
+
+  #refused(error: AmbientError): AmbientError {
     this.#publish('refused', { error })
     return error
   }
@@ -380,9 +388,8 @@ export class Session<Connection>
 
   blockEnded(block: Block<Connection>): AmbientError {
     const where = block.place ? `\n${block.label} was started\n${block.place}\n` : ''
-    return new AmbientError('AMBIENT_BLOCK_ENDED', `${capital(block.label)} has ended.${where}`, {
-      database: this.name,
-    })
+    const what = `${capital(block.label)} has ended.${where}`
+    return this.#refused(new AmbientError('AMBIENT_BLOCK_ENDED', what, { database: this.name }))
   }
 
   refuseBehind(holder: Occupant, waiter: Occupant): AmbientError {
@@ -391,17 +398,14 @@ export class Session<Connection>
       .map(({ label, place }) => (place ? `\n${label} was started\n${place}\n` : ''))
       .join('')
     if (holder.exclusive === 'stream') {
-      return new AmbientError(
-        'AMBIENT_STREAM_OPEN',
-        `A stream is open, so ${waiter.label} was refused.${places}`,
-        details,
-      )
+      const what = `A stream is open, so ${waiter.label} was refused.${places}`
+      return this.#refused(new AmbientError('AMBIENT_STREAM_OPEN', what, details))
     }
     const why = holder.exclusive
       ? 'is open and cannot be told from other work'
       : `has had nothing at the database for ${this.blockTimeout} ms`
     const what = `${capital(waiter.label)} was refused: ${holder.label} ${why}.${places}`
-    return new AmbientError('AMBIENT_SESSION_BUSY', what, details)
+    return this.#refused(new AmbientError('AMBIENT_SESSION_BUSY', what, details))
   }
 
   isRetryable(error: unknown): boolean {
@@ -513,7 +517,7 @@ export class Session<Connection>
     if (!when) return
     const own = opened ? this.#database.hooks[when] : undefined
     const due = hooks[when]
-    if (own) due.unshift({ order: this.order, run: () => own(), onError: this.#database.reportHookError })
+    if (own) due.unshift({ order: this.order, run: () => own(), onError: this.#hookFailed })
     for (const hook of due) this.#deferred.push({ ...hook, leave: this.#database.engines.hooks.enter() })
   }
 
@@ -543,7 +547,7 @@ export class Session<Connection>
   }
 
   fence(): void {
-    if (this.lane.busy) this.lane.close(this.#contextEnded)
+    if (this.lane.busy) this.lane.close(() => this.#refused(this.#contextEnded()))
   }
 
   async stop(cancel: boolean): Promise<void> {
@@ -579,15 +583,22 @@ export class Session<Connection>
   async lease(): Promise<Lease<Connection>> {
     if (this.#held) return this.#held
     const startedAt = performance.now()
-    if (!this.#prepared) {
-      await this.#database.prepare()
-      this.#prepared = true
-    }
-    const lease = await this.#database.engines.acquire(this, () => this.#surroundingHolders())
+    const lease = await this.#acquire().catch((error) => {
+      this.#publish('acquire-failed', { duration: performance.now() - startedAt, error })
+      throw error
+    })
     this.#heldSince = performance.now()
     this.#publish('acquired', { duration: this.#heldSince - startedAt })
     if (this.#settings.hold && !this.closed) this.#held = lease // one that comes too late is released like any other
     return lease
+  }
+
+  async #acquire(): Promise<Lease<Connection>> {
+    if (!this.#prepared) {
+      await this.#database.prepare()
+      this.#prepared = true
+    }
+    return this.#database.engines.acquire(this, () => this.#surroundingHolders())
   }
 
   async release(lease: Lease<Connection>, broken?: Error): Promise<void> {
@@ -616,7 +627,10 @@ export class Session<Connection>
     if (this.#closed) return
     this.#closed = this.#owner.fenced
       ? this.#contextEnded
-      : () => new AmbientError('AMBIENT_SESSION_CLOSED', 'The session was closed.', { database: this.name })
+      : () => {
+          const where = this.#closedAt ? `\nIt was closed\n${this.#closedAt}\n` : ''
+          return new AmbientError('AMBIENT_SESSION_CLOSED', `The session was closed.${where}`, { database: this.name })
+        }
     this.#owner.forget(this.#database, this)
     this.lane.close(this.#closed)
     this.#handle = undefined
@@ -626,10 +640,7 @@ export class Session<Connection>
     this.#publish('closed')
   }
 
-  #publish(
-    type: 'opened' | 'acquired' | 'released' | 'destroyed' | 'closed' | 'refused' | 'statement',
-    more = {},
-  ): void {
+  #publish(type: SessionEvent['type'], more: Partial<SessionEvent> = {}): void {
     if (!sessionChannel.hasSubscribers) return
     sessionChannel.publish({ type, sessionId: this.id, contextId: this.contextId, database: this.name, ...more })
   }

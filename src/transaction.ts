@@ -1,7 +1,7 @@
 import type { TransactionOptions, TransactionSettings } from './adapter.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, attachCleanupError } from './errors.ts'
-import { transactionChannel } from './events.ts'
+import { type TransactionEvent, transactionChannel } from './events.ts'
 import { dropHooks, type Hooks, moveHooks } from './hooks.ts'
 import { bounded, sleep } from './time.ts'
 
@@ -42,6 +42,8 @@ export interface TransactionHost<Connection> {
   lease(): Promise<Lease<Connection>>
   /** Gives the connection back; `broken` destroys it. */
   release(lease: Lease<Connection>, broken?: Error): Promise<void>
+  /** Where the caller is, while tracing. */
+  place(): string | undefined
   /** Runs the database's `afterBegin` hook, if there is one. */
   readonly afterBegin: (() => Promise<void>) | undefined
 }
@@ -69,6 +71,8 @@ export class Transaction<Connection> {
   #acquiring = false
   #savepoints = 0
   #startedAt = 0
+  /** Where its first statement was issued, while tracing. */
+  #place: string | undefined
 
   constructor(host: TransactionHost<Connection>, options: TransactionOptions) {
     this.#host = host
@@ -78,6 +82,11 @@ export class Transaction<Connection> {
 
   get opened(): boolean {
     return this.root.opened
+  }
+
+  /** For errors that speak of a transaction that is open; empty unless tracing (O2). */
+  get whereBegun(): string {
+    return this.#place ? `\nIt was begun\n${this.#place}\n` : ''
   }
 
   get atDatabase(): boolean {
@@ -209,8 +218,9 @@ export class Transaction<Connection> {
   }
 
   async #begin(): Promise<void> {
-    const startedAt = performance.now()
+    this.#place = this.#host.place()
     const lease = await this.#acquire()
+    this.#startedAt = performance.now()
     let broken: Error | undefined
     try {
       assertLive(this.root)
@@ -233,7 +243,6 @@ export class Transaction<Connection> {
       throw error
     }
     this.#lease = lease
-    this.#startedAt = startedAt
     this.root.opened = true
     this.#publish('begun')
     if (!this.#host.afterBegin) return
@@ -290,6 +299,7 @@ export class Transaction<Connection> {
     const lease = await this.#acquire()
     let broken: Error | undefined
     this.#lease = lease
+    this.#startedAt = performance.now()
     try {
       assertLive(level)
       return await this.#onWire(statement(lease.connection))
@@ -482,10 +492,7 @@ export class Transaction<Connection> {
     return new AmbientError('AMBIENT_TRANSACTION_ABORTED', what, { database: this.#host.name, cause, outcome })
   }
 
-  #publish(
-    type: 'begun' | 'committed' | 'rolled-back' | 'failed' | 'unknown' | 'cleanup-failed',
-    error?: unknown,
-  ): void {
+  #publish(type: TransactionEvent['type'], error?: unknown): void {
     if (!transactionChannel.hasSubscribers) return
     const { id: sessionId, contextId, name: database } = this.#host
     const duration = performance.now() - this.#startedAt
