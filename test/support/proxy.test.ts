@@ -123,6 +123,24 @@ describe('fails', () => {
     expect(proxy.open).toBe(2)
   })
 
+  it('stalls for a while, in both directions, and loses nothing of what was sent meanwhile', async () => {
+    const client = await connected()
+    proxy.at('< C INSERT', { stall: 300 })
+    const answer = client.query('insert into t values (31)').then(() => 'answered')
+    const started = performance.now()
+    expect(await Promise.race([answer, new Promise((resolve) => setTimeout(resolve, 100, 'stalled'))])).toBe('stalled')
+    expect(await answer).toBe('answered')
+    expect(performance.now() - started).toBeGreaterThan(290)
+    proxy.at('> Q insert', { stall: 300 })
+    const given = client.query('insert into t values (32)').catch(() => 'given up')
+    await new Promise((resolve) => setTimeout(resolve, 50))
+    await client.end() // the end of a stalled connection is no news to the server
+    expect(await given).toBe('given up')
+    expect(await database.witness.rows('select id from t where id = 32')).toEqual([])
+    await until(async () => (await database.witness.rows('select id from t where id = 32')).length === 1, 'the row')
+    await until(() => proxy.open === 0, 'the end of the connection')
+  })
+
   it('holds a message until a gate is opened, and what is behind it', async () => {
     const [client, other] = [await connected(), await connected()]
     const hold = gate()

@@ -13,11 +13,16 @@ export interface Message {
   readonly bytes: Buffer
 }
 
+/** The connection stays open, but nothing passes for so many ms, in either direction. */
+export interface Stall {
+  readonly stall: number
+}
+
 /**
- * What becomes of the connection at a message: cut with RST or FIN, or stalled (open, but nothing passes any more); or what
- * becomes of the message: it and all behind it are held until a gate opens, or other bytes go in its place.
+ * What becomes of the connection at a message: cut with RST or FIN, or stalled (open, but nothing passes any more, or for a
+ * while); or what becomes of the message: it and all behind it are held until a gate opens, or other bytes go in its place.
  */
-export type Fate = 'reset' | 'end' | 'stall' | Gate | ((message: Message) => Buffer)
+export type Fate = 'reset' | 'end' | 'stall' | Stall | Gate | ((message: Message) => Buffer)
 
 /** The beginning of a label, a pattern for it, or a test of the message. */
 export type Match = string | RegExp | ((message: Message) => boolean)
@@ -169,6 +174,11 @@ class Link {
   /** The client has sent something that was not answered yet. */
   #asked = false
   #stalled = false
+  /** Stalled for a while. */
+  #paused = false
+  /** What goes on after a pause: one for each direction, and the ends that came meanwhile. */
+  readonly #pumps: (() => void)[] = []
+  readonly #resumed: (() => void)[] = []
   /** Packets have no type until the start-up is done; after an accepted SSLRequest nothing can be read. */
   #phase: 'startup' | 'ssl answer' | 'messages' | 'opaque' = 'startup'
 
@@ -189,6 +199,21 @@ class Link {
     }
   }
 
+  #pause(ms: number): void {
+    this.#paused = true
+    setTimeout(() => {
+      this.#paused = false
+      for (const pump of this.#pumps) pump()
+      for (const act of this.#resumed.splice(0)) act()
+    }, ms)
+  }
+
+  /** During a pause nothing is known of what happened at the other side. */
+  #unlessPaused(act: () => void): void {
+    if (this.#paused) this.#resumed.push(act)
+    else act()
+  }
+
   #forward(direction: 'sent' | 'received', from: Socket, to: Socket): void {
     let unread = Buffer.alloc(0)
     let held = false
@@ -198,7 +223,7 @@ class Link {
       const flush = () => {
         if (passing.length > 0) to.write(Buffer.concat(passing.splice(0)))
       }
-      while (!held && !this.#stalled) {
+      while (!held && !this.#stalled && !this.#paused) {
         const length = this.#lengthOf(direction, unread)
         if (length === undefined || unread.length < length) break
         const bytes = unread.subarray(0, length)
@@ -225,13 +250,21 @@ class Link {
         }
       }
       flush()
-      if (ended && !held && !this.#stalled) to.end()
+      if (ended && !held && !this.#stalled && !this.#paused) to.end()
     }
     const meet = (fate: Exclude<Fate, (message: Message) => Buffer>, release: () => void) => {
       if (fate === 'stall') {
         this.#stalled = true
       } else if (typeof fate === 'string') {
         this.cut(fate)
+      } else if ('stall' in fate) {
+        held = true // the message itself is not read again
+        this.#resumed.push(() => {
+          held = false
+          release()
+          pump()
+        })
+        this.#pause(fate.stall)
       } else {
         held = true
         void fate.passed.then(() => {
@@ -241,6 +274,7 @@ class Link {
         })
       }
     }
+    this.#pumps.push(pump)
     from.on('data', (chunk) => {
       unread = unread.length === 0 ? chunk : Buffer.concat([unread, chunk])
       pump()
@@ -251,9 +285,9 @@ class Link {
         this.cut('reset') // a stalled connection ends with its client
       else pump()
     })
-    from.on('error', () => to.destroy())
+    from.on('error', () => this.#unlessPaused(() => to.destroy()))
     from.once('close', () => {
-      if (!ended || this.#stalled) to.destroy()
+      if (!ended || this.#stalled) this.#unlessPaused(() => to.destroy())
     })
   }
 
