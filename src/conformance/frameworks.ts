@@ -54,6 +54,8 @@ export interface SuiteApp {
   readonly options?: DatabaseContextOptions<{ readonly url?: string | undefined }>
   /** The middleware stands there this many times. Default is 1. */
   readonly mounted?: number
+  /** Code in front of the middleware, which lets the request proceed. Default is none. */
+  readonly around?: (proceed: () => unknown) => unknown
 }
 
 /** A server that a harness started. */
@@ -411,25 +413,32 @@ export const frameworkSuite: readonly FrameworkCase[] = [
 
   define('H6 never leaks the context to the next request of the socket', async (suite) => {
     const seen: boolean[] = []
+    const look = () => void seen.push(hasContext())
     const port = await suite.start({
+      around: (proceed) => {
+        look()
+        const result = proceed()
+        look()
+        return result
+      },
       options: { skip: ({ url }) => url === '/skipped' },
       routes: {
-        '/': async () => ({ body: await suite.insert('a') }),
+        '/': async () => ({ body: await suite.insert(crypto.randomUUID()) }),
         '/skipped': async () => {
-          seen.push(hasContext())
+          look()
           await nextTurn()
-          seen.push(hasContext())
+          look()
           return { body: await suite.insert('b').catch((error) => error.code) }
         },
       },
     })
     const client = await suite.open(port)
-    for (const path of ['/skipped', '/', '/skipped']) {
-      client.send({ path })
-      const { body } = await client.answer()
-      if (path === '/skipped') assert.equal(body, 'AMBIENT_NO_CONTEXT')
-    }
-    assert.deepEqual(seen, [false, false, false, false])
+    client.send({ path: '/' }, { path: '/skipped' }, { path: '/' })
+    const bodies = [await client.answer(), await client.answer(), await client.answer()].map(({ body }) => body)
+    client.send({ path: '/skipped' })
+    bodies.push((await client.answer()).body)
+    assert.deepEqual([bodies[1], bodies[3]], ['AMBIENT_NO_CONTEXT', 'AMBIENT_NO_CONTEXT'])
+    assert.ok(!seen.includes(true), 'code outside a request saw its context')
   }),
 
   define('H6 serves 200 requests on one socket, each with a transaction of its own', async (suite) => {
@@ -466,8 +475,7 @@ export const frameworkSuite: readonly FrameworkCase[] = [
       },
     })
     const client = await suite.open(port)
-    client.send({ path: '/first' })
-    client.send({ path: '/second' })
+    client.send({ path: '/first' }, { path: '/second' })
     await suite.until('the second commit', () => suite.committed('second'))
     assert.deepEqual([client.pending, await suite.committed('first')], ['', false])
     first.open()
@@ -477,30 +485,34 @@ export const frameworkSuite: readonly FrameworkCase[] = [
   }),
 
   define('H7 commits before answers without a body: HEAD, 204, 304, redirects, nothing', async (suite) => {
-    const port = await suite.start({
-      routes: {
-        '/head': async () => ({ headers: { 'content-type': 'text/plain' }, body: await suite.insert('head') }),
-        '/204': async () => suite.insert('204').then(() => ({ status: 204 })),
-        '/304': async () => suite.insert('304').then(() => ({ status: 304, headers: { etag: '"1"' } })),
-        '/302': async () => suite.insert('302').then(() => ({ status: 302, headers: { location: '/204' } })),
-        '/empty': async () => suite.insert('empty').then(() => ({})),
+    const answers: Record<string, SuiteAnswer> = {
+      '/head': { headers: { 'content-type': 'text/plain' }, body: 'text' },
+      '/204': { status: 204 },
+      '/304': { status: 304, headers: { etag: '"1"' } },
+      '/302': { status: 302, headers: { location: '/204' } },
+      '/empty': {},
+    }
+    let lock = await suite.lock()
+    const routes = Object.entries(answers).map(([path, answer]) => [
+      path,
+      async () => {
+        await suite.insertHeld(lock, path)
+        return answer
       },
-    })
+    ])
+    const port = await suite.start({ routes: Object.fromEntries(routes) })
     const client = await suite.open(port)
-    for (const [path, expected] of Object.entries({
-      '/head': 200,
-      '/204': 204,
-      '/304': 304,
-      '/302': 302,
-      '/empty': 200,
-    })) {
+    for (const [path, answer] of Object.entries(answers)) {
       const method = path === '/head' ? 'HEAD' : 'GET'
       client.send({ method, path })
-      await client.firstByte()
-      assert.ok(await suite.committed(path.slice(1)), `${path} was answered before its commit`)
+      await suite.waitsInCommit()
+      assert.equal(client.pending, '', `${path} was answered before its commit`)
+      await lock.release()
       const { status, body } = await client.answer(method)
-      assert.deepEqual([status, body], [expected, ''], path)
+      assert.deepEqual([status, body], [answer.status ?? 200, ''], path)
+      lock = await suite.lock()
     }
+    assert.deepEqual(await suite.rows(), Object.keys(answers).sort())
   }),
 
   define('S1 takes no connection for a request that touches no database', async (suite) => {
@@ -574,10 +586,11 @@ export const frameworkSuite: readonly FrameworkCase[] = [
   }),
 
   define('C5 joins work that nobody awaited, and fails if it fails', async (suite) => {
+    const lock = await suite.lock()
     const port = await suite.start({
       routes: {
         '/good': () => {
-          void suite.insert('a')
+          void suite.insertHeld(lock, 'a')
           return { body: 'good' }
         },
         '/bad': async () => {
@@ -589,8 +602,10 @@ export const frameworkSuite: readonly FrameworkCase[] = [
     })
     const client = await suite.open(port)
     client.send({ path: '/good' })
-    await client.firstByte()
-    assert.ok(await suite.committed('a'))
+    await suite.waitsInCommit()
+    assert.equal(client.pending, '', 'the answer did not wait')
+    await lock.release()
+    assert.equal((await client.answer()).body, 'good')
     assert.equal((await suite.ask(port, { path: '/bad' })).status, 500)
     assert.deepEqual(await suite.rows(), ['a'])
   }),
@@ -641,40 +656,44 @@ export const frameworkSuite: readonly FrameworkCase[] = [
   }),
 
   defineOnNode('H5 settles at writeHead followed by write, flushHeaders or end, not before', async (suite) => {
+    let lock = await suite.lock()
     const port = await suite.start({
       routes: {
         '/write': async ({ node }) => {
           node?.response.writeHead(201, { 'x-kind': 'object' })
           assert.equal(node?.response.headersSent, true)
-          await suite.insert('write')
+          await suite.insertHeld(lock, 'write')
           node?.response.write('wr')
           node?.response.end('ite')
           return undefined
         },
         '/flushHeaders': async ({ node }) => {
           node?.response.writeHead(202, 'Taken', ['x-kind', 'flat', 'x-kind', 'array'])
-          await suite.insert('flushHeaders')
+          await suite.insertHeld(lock, 'flushHeaders')
           node?.response.flushHeaders()
           return undefined
         },
         '/end': async ({ node }) => {
-          node?.response.setHeader('x-set', 'before')
+          node?.response.setHeader('x-kind', 'set')
           node?.response.writeHead(203, { 'content-length': 3 })
-          await suite.insert('end')
+          await suite.insertHeld(lock, 'end')
           node?.response.end('end')
           return undefined
         },
       },
     })
-    const expected = { write: [201, 'object'], flushHeaders: [202, 'flat', 'array'], end: [203] }
+    const expected = { write: [201, 'object'], flushHeaders: [202, 'flat', 'array'], end: [203, 'set'] }
     for (const [name, [status, ...kinds]] of Object.entries(expected)) {
       const client = await suite.open(port)
       client.send({ path: `/${name}` })
-      await client.arrival('\r\n\r\n')
-      assert.ok(await suite.committed(name), `the head of ${name} left before its commit`)
+      await suite.waitsInCommit()
+      assert.equal(client.pending, '', `the head of ${name} left before its commit`)
+      await lock.release()
       const answer = await client.answer('HEAD')
       assert.deepEqual([answer.status, ...(answer.headers['x-kind'] ?? [])], [status, ...kinds])
+      lock = await suite.lock()
     }
+    assert.deepEqual(await suite.rows(), ['end', 'flushHeaders', 'write'])
   }),
 
   defineOnNode('H5 says at once what is wrong with a head or a chunk', async (suite) => {

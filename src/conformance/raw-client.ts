@@ -58,11 +58,9 @@ export class RawClient {
     return this.#received.toString('latin1', this.#taken)
   }
 
-  send({ method = 'GET', path, headers = {}, body }: RawRequest): void {
-    const all: Record<string, string | number> = { host: '127.0.0.1', ...headers }
-    if (body !== undefined) all['content-length'] ??= Buffer.byteLength(body)
-    const lines = Object.entries(all).map(([name, value]) => `${name}: ${value}\r\n`)
-    this.socket.write(`${method} ${path} HTTP/1.1\r\n${lines.join('')}\r\n${body ?? ''}`)
+  /** Sends requests, all in one piece. */
+  send(...requests: RawRequest[]): void {
+    this.socket.write(requests.map(written).join(''))
   }
 
   /** Resolves when more has arrived than was taken; rejects if the connection ended first. */
@@ -143,6 +141,13 @@ export class RawClient {
   #wake(): void {
     for (const resume of this.#waiting.splice(0)) resume()
   }
+}
+
+function written({ method = 'GET', path, headers = {}, body = '' }: RawRequest): string {
+  const all: Record<string, string | number> = { host: '127.0.0.1', ...headers }
+  if (body !== '') all['content-length'] ??= Buffer.byteLength(body)
+  const lines = Object.entries(all).map(([name, value]) => `${name}: ${value}\r\n`)
+  return `${method} ${path} HTTP/1.1\r\n${lines.join('')}\r\n${body}`
 }
 
 function parseFields(lines: string[]): Record<string, string[]> {

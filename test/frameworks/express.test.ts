@@ -21,9 +21,10 @@ describe.each([
     return { main: databases.main, other: databases.other, node: true, start }
   }
 
-  function start({ routes, options = {}, mounted = 1 }: SuiteApp) {
+  function start({ routes, options = {}, mounted = 1, around }: SuiteApp) {
     const errors: unknown[] = []
     const app = framework()
+    if (around) app.use((_request, _response, next) => void around(next))
     for (let times = 0; times < mounted; times++) app.use(databaseContext(options))
     app.use(framework.json())
     for (const [path, handler] of Object.entries(routes)) {
