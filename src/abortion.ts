@@ -1,4 +1,5 @@
 import { AmbientError } from './errors.ts'
+import { longestTimeout } from './time.ts'
 
 /** When work is to be aborted. */
 export interface AbortOptions {
@@ -6,6 +7,13 @@ export interface AbortOptions {
   readonly signal?: AbortSignal | undefined
   /** Milliseconds after which the work is aborted. Default is no limit. */
   readonly timeout?: number | undefined
+}
+
+/** Throws `AMBIENT_INVALID_ARGUMENT` for what no timer can wait for. */
+export function assertTimeout(timeout: number | undefined): void {
+  if (timeout === undefined || (typeof timeout === 'number' && timeout <= longestTimeout)) return
+  const what = `\`timeout\` must be a number of milliseconds, at most ${longestTimeout}.`
+  throw new AmbientError('AMBIENT_INVALID_ARGUMENT', what)
 }
 
 /** Not a closure: the promise keeps it, and it would keep the signal. */
@@ -19,6 +27,7 @@ export class Abortion {
   #stop: () => void
 
   constructor({ signal, timeout }: AbortOptions, onAbort: (error: AmbientError) => void = () => {}) {
+    assertTimeout(timeout)
     this.promise = new Promise((_, reject) => {
       this.#reject = reject
     })

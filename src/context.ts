@@ -1,6 +1,6 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import type { EventEmitter } from 'node:events'
-import { Abortion, type AbortOptions } from './abortion.ts'
+import { Abortion, type AbortOptions, assertTimeout } from './abortion.ts'
 import type { TransactionOptions } from './adapter.ts'
 import { AmbientError, attachCleanupError } from './errors.ts'
 import { contextChannel } from './events.ts'
@@ -151,6 +151,7 @@ export class Context implements AmbientContext, Unit {
 
   /** `makeScope` gives a session beside the context a scope in which the surrounding context stays the current one. */
   constructor(options: InternalContextOptions, makeScope?: (context: Context) => Scope) {
+    assertTimeout(options.timeout) // before anything is there to be ended
     this.options = options
     this.scope = makeScope ? makeScope(this) : { parent: liveScope(currentScope()), context: this }
     if (contextChannel.hasSubscribers) contextChannel.publish({ type: 'opened', contextId: this.id })

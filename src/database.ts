@@ -8,6 +8,7 @@ import { sessionChannel } from './events.ts'
 import type { Hook } from './hooks.ts'
 import type { NativeTransaction } from './native.ts'
 import { type AmbientSession, Session } from './session.ts'
+import { longestTimeout } from './time.ts'
 
 /** Hooks of a database: they apply to the transactions of all its sessions. */
 export interface DatabaseHooks<Handle> {
@@ -341,6 +342,8 @@ function validate<Handle, Engine, Connection>(options: DatabaseOptions<Handle, E
   if (typeof options.adapter?.createHandle !== 'function') refuse('`adapter` must be an adapter, such as pgAdapter(…)')
   for (const key of ['acquireTimeout', 'blockTimeout', 'settleTimeout'] as const) {
     const value = options[key]
-    if (value !== undefined && !(value > 0)) refuse(`\`${key}\` must be a positive number of milliseconds`)
+    if (value !== undefined && !(typeof value === 'number' && value > 0 && value <= longestTimeout)) {
+      refuse(`\`${key}\` must be a positive number of milliseconds, at most ${longestTimeout}`)
+    }
   }
 }
