@@ -21,6 +21,8 @@ export class Level {
   readonly parent: Level | undefined
   readonly hooks: Hooks = { beforeCommit: [], afterCommit: [], afterRollback: [] }
   opened = false
+  /** Shared by statements that need it at the same time: one of a block that was cut off, and the next. */
+  opening: Promise<void> | undefined
   failure: Failure | undefined
   /** Set when it has ended: refuses what comes too late. */
   refusal: (() => AmbientError) | undefined
@@ -66,9 +68,9 @@ export class Transaction<Connection> {
   readonly #host: TransactionHost<Connection>
   #lease: Lease<Connection> | undefined
   #begun: Promise<void> | undefined
-  /** BEGIN, shared by statements that need it at the same time: one of a block that has ended, and the next. */
-  #opening: Promise<void> | undefined
   #acquiring = false
+  /** The connection that BEGIN was sent on. */
+  #beginning: Lease<Connection> | undefined
   #savepoints = 0
   #startedAt = 0
   /** Where its first statement was issued, while tracing. */
@@ -197,13 +199,14 @@ export class Transaction<Connection> {
   /** Makes sure that `level` is open on the server. */
   async open(level: Level): Promise<void> {
     if (level.opened) return
-    if (!level.parent) {
-      this.#opening ??= this.#begin().finally(() => {
-        this.#opening = undefined
-      })
-      return this.#opening
-    }
-    await this.open(level.parent)
+    level.opening ??= (level.parent ? this.#openSavepoint(level, level.parent) : this.#begin()).finally(() => {
+      level.opening = undefined
+    })
+    await level.opening
+  }
+
+  async #openSavepoint(level: Level, parent: Level): Promise<void> {
+    await this.open(parent)
     this.assertUsable(level)
     if (this.#begun) await this.#checkBegin()
     const { adapter, connection } = this.#lease as Lease<Connection> // the parent is open
@@ -211,7 +214,7 @@ export class Transaction<Connection> {
     try {
       await this.#onWire(adapter.savepoint(connection, level.name))
     } catch (error) {
-      await this.#statementFailed(level.parent, this.#lease as Lease<Connection>, error)
+      await this.#statementFailed(parent, this.#lease as Lease<Connection>, error)
       throw error
     }
     level.opened = true
@@ -222,6 +225,7 @@ export class Transaction<Connection> {
     const lease = await this.#acquire()
     this.#startedAt = performance.now()
     let broken: Error | undefined
+    this.#beginning = lease
     try {
       assertLive(this.root)
       const begin = () =>
@@ -241,6 +245,8 @@ export class Transaction<Connection> {
       if (broken) await this.#host.release(lease, broken)
       else await this.#cleanUp(lease, error)
       throw error
+    } finally {
+      this.#beginning = undefined
     }
     this.#lease = lease
     this.root.opened = true
@@ -356,6 +362,7 @@ export class Transaction<Connection> {
   async commit(): Promise<void> {
     this.assertUsable(this.root)
     if (this.#begun) await this.#checkBegin()
+    if (!this.opened) await this.stop(false) // a block inside that was cut off may be at BEGIN
     const lease = this.#lease
     if (!lease || !this.opened) return
     const commit = () => this.#bounded(lease.adapter.commit(lease.connection))
@@ -461,7 +468,7 @@ export class Transaction<Connection> {
 
   /** Awaits what is at the database. With `cancel`, asks the server to stop it, or destroys the connection. */
   async stop(cancel: boolean): Promise<void> {
-    const lease = this.#lease
+    const lease = this.#lease ?? this.#beginning
     const wire = this.#wire ?? this.#stream
     if (!wire || !lease) return
     if (cancel) await lease.interrupt(wire)

@@ -2,7 +2,7 @@ import { type AmbientDatabase, hasContext, newContext } from 'ambient-db'
 import { kyselyHandle } from 'ambient-db/kysely'
 import { PostgresDialect } from 'kysely'
 import type { Pool } from 'pg'
-import { afterAll, beforeAll, beforeEach, describe, expect, it, vi } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } from 'vitest'
 import { gate } from '../support/gate.ts'
 import { createSubject, type Subject } from '../support/subject.ts'
 
@@ -18,6 +18,7 @@ beforeAll(async () => {
 })
 afterAll(() => subject.close())
 beforeEach(() => subject.clear())
+afterEach(() => expect(subject.overlapping).toEqual([]))
 
 const boom = new Error('boom')
 

@@ -2,7 +2,7 @@ import { newContext } from 'ambient-db'
 import { kyselyHandle } from 'ambient-db/kysely'
 import { type Kysely, PostgresDialect } from 'kysely'
 import type { PoolClient } from 'pg'
-import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { gate } from '../support/gate.ts'
 import { createSubject, type Subject } from '../support/subject.ts'
 
@@ -21,6 +21,7 @@ beforeAll(async () => {
 })
 afterAll(() => subject.close())
 beforeEach(() => subject.clear())
+afterEach(() => expect(subject.overlapping).toEqual([]))
 
 const boom = new Error('boom')
 const busy = { code: 'AMBIENT_SESSION_BUSY', database: 'main' }

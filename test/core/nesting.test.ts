@@ -1,5 +1,5 @@
 import { newContext } from 'ambient-db'
-import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { gate } from '../support/gate.ts'
 import { createSubject, type Subject } from '../support/subject.ts'
 
@@ -17,6 +17,7 @@ beforeAll(async () => {
 })
 afterAll(() => subject.close())
 beforeEach(() => subject.clear())
+afterEach(() => expect(subject.overlapping).toEqual([]))
 
 const boom = new Error('boom')
 

@@ -9,6 +9,8 @@ export interface Subject {
   readonly database: TestDatabase
   /** Every text that was sent to the server, in order. */
   readonly sent: string[]
+  /** What was sent on a connection that had not answered the statement before. */
+  readonly overlapping: string[]
   /** One more database under test over the same server. */
   define(options?: SubjectOptions): AmbientDatabase<Pool, Pool>
   /** Adds a note in the session of the context. */
@@ -19,7 +21,7 @@ export interface Subject {
   fail(): Promise<unknown>
   /** The number of connections that are in a transaction. */
   openTransactions(): Promise<number>
-  /** Empties the table and `sent`. */
+  /** Empties the table, `sent` and `overlapping`. */
   clear(): Promise<void>
   close(): Promise<void>
 }
@@ -34,11 +36,23 @@ export async function createSubject(options: SubjectOptions = {}): Promise<Subje
   const database = await createDatabase()
   await database.witness.rows('create table notes (text text primary key)')
   const sent: string[] = []
+  const overlapping: string[] = []
   class RecordingClient extends Client {
+    #running = 0
     override query(...args: unknown[]): never {
       const [config] = args
-      sent.push(typeof config === 'string' ? config : String((config as { text?: unknown }).text))
-      return super.query(...(args as [string])) as never // the overloads of pg.Client stand for it
+      const text = typeof config === 'string' ? config : String((config as { text?: unknown }).text)
+      sent.push(text)
+      if (this.#running > 0) overlapping.push(text)
+      const answer: unknown = super.query(...(args as [string]))
+      if (answer instanceof Promise) {
+        const answered = () => {
+          this.#running--
+        }
+        this.#running++
+        answer.then(answered, answered)
+      }
+      return answer as never // the overloads of pg.Client stand for it
     }
   }
   const defined: AmbientDatabase<Pool, Pool>[] = []
@@ -53,6 +67,7 @@ export async function createSubject(options: SubjectOptions = {}): Promise<Subje
     main,
     database,
     sent,
+    overlapping,
     define,
     note: (text) => main.db.query('insert into notes values ($1)', [text]),
     notes: async () => {
@@ -66,6 +81,7 @@ export async function createSubject(options: SubjectOptions = {}): Promise<Subje
     clear: async () => {
       await database.witness.rows('truncate notes')
       sent.length = 0
+      overlapping.length = 0
     },
     close: async () => {
       await Promise.all(defined.map(({ shutdown }) => shutdown()))
