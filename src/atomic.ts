@@ -57,10 +57,12 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   async join(): Promise<void> {
     this.session.endStreamIn(this.inner)
     const timeout = this.session.settleTimeout
-    await bounded(this.inner.quiet(), timeout, () => {
-      const what = `Work was still under way ${timeout} ms after ${this.label} had ended.`
-      return new AmbientError('AMBIENT_SETTLE_TIMEOUT', what, { database: this.session.name })
-    })
+    await this.inner.quiet((waiting) =>
+      bounded(waiting, timeout, () => {
+        const what = `Work was still under way ${timeout} ms after ${this.label} had ended.`
+        return new AmbientError('AMBIENT_SETTLE_TIMEOUT', what, { database: this.session.name })
+      }),
+    )
   }
 
   /** Lets nothing in any more and awaits (or cancels) what is at the database. */

@@ -234,7 +234,8 @@ export class Context implements AmbientContext, Unit {
   }
 
   participants(): Participant[] {
-    return [...this.#sessions.values()].sort((one, other) => one.order - other.order)
+    const sessions = [...this.#sessions.values()]
+    return sessions.length > 1 ? sessions.sort((one, other) => one.order - other.order) : sessions
   }
 
   /** Takes hooks that run after everything has settled. */
@@ -300,7 +301,7 @@ export class Context implements AmbientContext, Unit {
     for (const session of this.participants())
       await session.closeAtEnd().catch((second) => attachCleanupError(failure ?? error, second))
     const hooks = this.#end(state, failure ?? (outcome === 'rollback' ? reason : undefined))
-    await runAfterHooks(hooks)
+    if (hooks.length > 0) await runAfterHooks(hooks)
     if (state === 'failed') throw failure
   }
 

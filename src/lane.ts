@@ -24,6 +24,9 @@ interface Waiter {
   readonly refuse: (error: AmbientError) => void
 }
 
+/** Lets a promise take only so long. */
+export type Bound = <Result>(waiting: Promise<Result>) => Promise<Result>
+
 /** What a lane needs to know of its session. */
 export interface LaneHost {
   readonly blockTimeout: number
@@ -100,25 +103,32 @@ export class Lane {
   }
 
   /**
-   * Resolves when nothing is under way and nothing follows from what was (C4, A6).
+   * Resolves when nothing is under way and nothing follows from what was (C4, A6). `bound` limits the waiting, if there is any.
    *
    * @throws the first failure among what was still under way (C5).
    */
-  async quiet(): Promise<void> {
+  async quiet(bound: Bound): Promise<void> {
     this.#joining = true
     this.#current?.promise?.catch(() => {})
     for (const { occupant } of this.#waiting) occupant.promise?.catch(() => {})
     await drained()
+    try {
+      if (this.#current) await bound(this.#idle())
+    } finally {
+      this.#joining = false
+    }
+    const failure = this.#failure
+    this.#failure = undefined
+    if (failure) throw failure.error
+  }
+
+  async #idle(): Promise<void> {
     while (this.#current) {
       await new Promise<void>((resolve) => {
         this.#onIdle = resolve
       })
       await nextTurn()
     }
-    this.#joining = false
-    const failure = this.#failure
-    this.#failure = undefined
-    if (failure) throw failure.error
   }
 
   /** Refuses what comes from now on and what waits, here and in the blocks inside. What is at the database goes on. */

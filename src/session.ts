@@ -15,7 +15,7 @@ import {
   type Hooks,
   moveHooks,
 } from './hooks.ts'
-import { Lane, type LaneHost, type Occupant } from './lane.ts'
+import { type Bound, Lane, type LaneHost, type Occupant } from './lane.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
 import { callerStack } from './trace.ts'
@@ -469,7 +469,7 @@ export class Session<Connection>
   }
 
   /** Runs the beforeCommit hooks that are due, each in a block of its own (K1). */
-  async prepare(): Promise<boolean> {
+  prepare(): Promise<true> | undefined {
     const { transaction } = this
     const { root } = transaction
     transaction.assertUsable(root)
@@ -479,9 +479,14 @@ export class Session<Connection>
       transaction.prepared = true
       if (ownHook) due.unshift(() => ownHook(this))
     }
-    for (const hook of due) await this.#runHook('beforeCommit hook', hook)
-    transaction.assertUsable(root)
-    return due.length > 0
+    return due.length > 0 ? this.#runBeforeCommit(due) : undefined
+  }
+
+  async #runBeforeCommit(hooks: Hook[]): Promise<true> {
+    const { transaction } = this
+    for (const hook of hooks) await this.#runHook('beforeCommit hook', hook)
+    transaction.assertUsable(transaction.root)
+    return true
   }
 
   get afterBegin(): (() => Promise<void>) | undefined {
@@ -523,8 +528,8 @@ export class Session<Connection>
 
   // Participant: how its context ends it
 
-  async quiet(): Promise<void> {
-    await this.lane.quiet()
+  quiet(bound: Bound): Promise<void> {
+    return this.lane.quiet(bound)
   }
 
   endStream(way: 'destroy' | 'refuse'): void {
@@ -574,8 +579,8 @@ export class Session<Connection>
     return said
   }
 
-  async closeAtEnd(): Promise<void> {
-    await this.#die()
+  closeAtEnd(): Promise<void> {
+    return this.#die()
   }
 
   // The connection

@@ -1,4 +1,5 @@
 import { AmbientError, attachCleanupError, isAmbientError, stateRolledBack } from './errors.ts'
+import type { Bound } from './lane.ts'
 import { bounded } from './time.ts'
 
 /** A session as its context sees it when the context ends. */
@@ -18,14 +19,14 @@ export interface Participant {
   readonly settleTimeout: number
   /** Ends an open stream (`'destroy'`) or throws because of it (`'refuse'`). */
   endStream(way: 'destroy' | 'refuse'): void
-  /** Resolves when nothing is under way; rejects with the first failure among what was awaited. */
-  quiet(): Promise<void>
+  /** Resolves when nothing is under way, waiting within `bound`; rejects with the first failure among what was awaited. */
+  quiet(bound: Bound): Promise<void>
   /** Rejects what is queued; refuses what comes from now on. */
   fence(): void
   /** Awaits the statement that is on the wire; with `cancel`, cancels it first. */
   stop(cancel: boolean): Promise<void>
-  /** Runs the beforeCommit hooks and verifies that the transaction can commit; true if a hook ran. */
-  prepare(): Promise<boolean>
+  /** Verifies that the transaction can commit and runs the beforeCommit hooks, if there are any. */
+  prepare(): Promise<true> | undefined
   commitAtEnd(): Promise<void>
   /** Resolves with whether the server said that it rolled back. */
   rollbackAtEnd(error: unknown): Promise<boolean>
@@ -112,14 +113,15 @@ async function join(unit: Unit): Promise<void> {
     const sessions = unit.participants()
     for (const session of sessions) session.endStream(unit.streams)
     const timeout = unit.settleTimeout ?? Math.max(0, ...sessions.map((session) => session.settleTimeout))
-    const quiet = Promise.race([Promise.all(sessions.map((session) => session.quiet())), unit.aborted])
-    await bounded(quiet, timeout, () => {
-      const names = sessions.filter((session) => session.busy).map((session) => `'${session.name}'`)
-      return new AmbientError(
-        'AMBIENT_SETTLE_TIMEOUT',
-        `Work on ${names.join(', ')} was still under way ${timeout} ms after its context had ended.`,
-      )
-    })
+    const bound: Bound = (waiting) =>
+      bounded(Promise.race([waiting, unit.aborted]), timeout, () => {
+        const names = sessions.filter((session) => session.busy).map((session) => `'${session.name}'`)
+        return new AmbientError(
+          'AMBIENT_SETTLE_TIMEOUT',
+          `Work on ${names.join(', ')} was still under way ${timeout} ms after its context had ended.`,
+        )
+      })
+    await Promise.all(sessions.map((session) => session.quiet(bound)))
   } while (unit.participants().some((session) => session.busy))
   if (unawaited) {
     throw new AmbientError('AMBIENT_UNAWAITED_WORK', 'Statements were still under way when the work returned.')
@@ -131,7 +133,8 @@ async function prepareAll(unit: Unit): Promise<void> {
   for (let again = true; again; ) {
     again = false
     for (const session of unit.participants()) {
-      if (await Promise.race([session.prepare(), unit.aborted])) again = true
+      const running = session.prepare()
+      if (running) again = await Promise.race([running, unit.aborted])
     }
     if (again) await join(unit)
   }
