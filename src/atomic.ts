@@ -69,6 +69,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   async end(cancel = false): Promise<void> {
     this.live = false
     this.session.endStreamIn(this.inner)
+    this.inner.answerFor()
     this.inner.close(() => this.session.blockEnded(this))
     await this.session.stop(cancel)
   }

@@ -139,6 +139,14 @@ export class Lane {
     this.#current?.inner?.close(refusal)
   }
 
+  /** What was issued so far and is awaited by nobody is no unhandled rejection: the unit that fails speaks for it. */
+  answerFor(): void {
+    for (const occupant of [this.#current, ...this.#waiting.map(({ occupant: each }) => each)]) {
+      occupant?.promise?.catch(() => {})
+      occupant?.inner?.answerFor()
+    }
+  }
+
   #exclusive(): Occupant | undefined {
     if (this.#current?.exclusive) return this.#current
     return this.#waiting.find(({ occupant }) => occupant.exclusive)?.occupant

@@ -552,7 +552,9 @@ export class Session<Connection>
   }
 
   fence(): void {
-    if (this.lane.busy) this.lane.close(() => this.#refused(this.#contextEnded()))
+    if (!this.lane.busy) return
+    this.lane.answerFor()
+    this.lane.close(() => this.#refused(this.#contextEnded()))
   }
 
   async stop(cancel: boolean): Promise<void> {

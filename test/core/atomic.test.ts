@@ -722,6 +722,28 @@ describe('retry', () => {
     expect(attempts).toBe(1)
   })
 
+  it('A5 never runs again after a partial commit, whatever its cause', async () => {
+    const [first, second] = [subject.define({ name: 'first' }), subject.define({ name: 'second' })]
+    await subject.database.witness.rows('create table conflicts (id int)')
+    await subject.database.witness.rows(`
+      create function conflict() returns trigger language plpgsql as
+      $$ begin raise 'conflict' using errcode = '40001'; end $$`)
+    await subject.database.witness.rows(`
+      create constraint trigger at_commit after insert on conflicts deferrable initially deferred
+      for each row execute function conflict()`)
+    let attempts = 0
+    const block = () =>
+      newContext(async () => {
+        attempts++
+        await first.db.query("insert into notes values ('first')")
+        await second.db.query('insert into conflicts values (1)')
+      })
+    const running = newContext(() => main.atomic(block, { retry: { attempts: 3 } }))
+    await expect(running).rejects.toMatchObject({ code: 'AMBIENT_PARTIAL_COMMIT', cause: { code: '40001' } })
+    expect(attempts).toBe(1)
+    expect(await notes()).toEqual(['first'])
+  })
+
   it('A5 refuses late statements of a failed attempt', async () => {
     const late = gate()
     const laterOn: Promise<unknown>[] = []
@@ -947,6 +969,32 @@ describe('the end of a block', () => {
       expect(subject.sent).toHaveLength(before)
     })
     expect(await notes()).toEqual(['c'])
+  })
+
+  it('A6 leaves no unhandled rejection of what nobody awaited when it throws', async () => {
+    const throwing = async () => {
+      void note('a')
+      void note('b')
+      void main.atomic(async () => {
+        void note('c')
+        await note('d')
+      })
+      throw boom
+    }
+    await newContext(async () => {
+      await expect(main.atomic(throwing)).rejects.toBe(boom)
+      await note('outer')
+      await expect(main.session().savepoint(throwing)).rejects.toBe(boom)
+    })
+    expect(await notes()).toEqual(['outer'])
+    await expect(newContext(throwing)).rejects.toBe(boom)
+    const beside = main.newSession(async ({ db, savepoint }) => {
+      void db.query("insert into notes values ('e')")
+      void savepoint(() => db.query("insert into notes values ('f')"))
+      throw boom
+    })
+    await expect(beside).rejects.toBe(boom)
+    expect(await notes()).toEqual(['outer'])
   })
 
   it('A6 undoes statements of a branch that was under way when its sibling threw', async () => {
