@@ -1,7 +1,7 @@
 import type { Adapter, Capabilities } from './adapter.ts'
-import { detach } from './context.ts'
+import { bindCallback, detach } from './context.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
-import { bounded, nextTurn } from './time.ts'
+import { bounded, drained, nextTurn } from './time.ts'
 
 /** How long a cancelled statement may take to end before its connection is destroyed, in ms. */
 const cancelGrace = 1000
@@ -90,6 +90,7 @@ class Slot<Connection> {
   #capabilities: Capabilities | undefined
   /** Resolves when the only connection of a single-connection engine is free. */
   #turn: Promise<void> = Promise.resolve()
+  readonly #waiters = new Set<() => void>()
   holder: object | undefined
 
   constructor(adapter: Adapter<unknown, unknown, Connection>, database: string, host: string | undefined) {
@@ -120,20 +121,45 @@ class Slot<Connection> {
     return this.#engine !== undefined
   }
 
-  /** Waits for the only connection; returns what frees it. */
-  async takeTurn(timeout: number, onTimeout: () => AmbientError): Promise<() => void> {
+  /**
+   * Waits for the only connection; returns what frees it. `refusal` is asked at once, and again whenever another session has
+   * come to hold the connection.
+   */
+  async takeTurn(
+    timeout: number,
+    onTimeout: () => AmbientError,
+    refusal: () => AmbientError | undefined,
+  ): Promise<() => void> {
+    const refused = refusal()
+    if (refused) throw refused
     let free = () => {}
     const before = this.#turn
     this.#turn = new Promise((resolve) => {
       free = resolve
     })
+    let look = () => {}
+    const turn = new Promise<void>((resolve, reject) => {
+      void before.then(resolve)
+      look = () => {
+        const error = refusal()
+        if (error) reject(error)
+      }
+    })
+    this.#waiters.add(look)
     try {
-      await bounded(before, timeout, onTimeout)
+      await bounded(turn, timeout, onTimeout)
     } catch (error) {
       void before.then(free)
       throw error
+    } finally {
+      this.#waiters.delete(look)
     }
     return free
+  }
+
+  /** Somebody holds the connection now: who waits for it inside that unit of work would wait for itself. */
+  refuseWaiters(): void {
+    for (const look of [...this.#waiters]) look()
   }
 
   /** Closes the engine, if there is one. */
@@ -200,8 +226,10 @@ export class Engines<Connection> {
       const late = () => this.#acquireTimeout(held().length)
       const engine = slot.ready ?? (await bounded(slot.engine(), this.#database.acquireTimeout, late))
       if (slot.capabilities(engine).singleConnection) {
-        if (slot.holder && held().includes(slot.holder)) throw this.#selfDeadlock()
-        free = await slot.takeTurn(this.#database.acquireTimeout, late)
+        const refusal = bindCallback(() =>
+          slot.holder && held().includes(slot.holder) ? this.#selfDeadlock() : undefined,
+        )
+        free = await slot.takeTurn(this.#database.acquireTimeout, late, refusal)
         slot.holder = session
       }
       let lease: Lease<Connection> | undefined
@@ -222,8 +250,10 @@ export class Engines<Connection> {
         leave()
       })
       lease.lost = lost
+      if (slot.holder === session) void drained().then(() => slot.refuseWaiters()) // the session knows of its connection then
       return lease
     } catch (error) {
+      if (slot.holder === session) slot.holder = undefined
       free()
       leave()
       throw error

@@ -113,11 +113,14 @@ export function testScenarios(prepare: () => Promise<Subject>): Scenarios {
       expect(await journal()).toEqual(kept)
     })
 
-    it.each(rows)("with current '%s' leaves %3$j if its request fails afterwards", async (current, _, kept) => {
-      scenarios.slowWork = failingSlowWork
-      expect(await post(`/atomic/over/${current}`)).toMatchObject({ status: 500 })
-      expect(await journal()).toEqual(kept)
-    })
+    it.each(rows)(
+      "with current '%s' leaves something else if its request fails afterwards",
+      async (current, _, kept) => {
+        scenarios.slowWork = failingSlowWork
+        expect(await post(`/atomic/over/${current}`)).toMatchObject({ status: 500 })
+        expect(await journal()).toEqual(kept)
+      },
+    )
 
     it("with current 'raise' refuses an open transaction, which its request then loses", async () => {
       expect(await post('/atomic/over/raise')).toMatchObject({ status: 500 })

@@ -33,7 +33,7 @@ describe('the scenarios on SQLite', () => {
     }
   })
 
-  it('refuse at once several sessions where the request holds the only connection', async () => {
+  it('S11 refuse at once several sessions where the request holds the only connection', async () => {
     expect(await scenarios.post('/several-at-once')).toMatchObject({ status: 500 })
     expect(scenarios.errors).toMatchObject([{ code: 'AMBIENT_SELF_DEADLOCK' }])
     expect(await scenarios.subject.journal()).not.toContain('of the request')
