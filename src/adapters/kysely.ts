@@ -240,9 +240,15 @@ function overDialect<Tables>(
     },
     async release(_engine, connection, broken) {
       const { driver, release } = partsOf(connection)
-      // The only way to have a driver discard a connection is a rollback that fails on it.
-      if (broken) await driver.rollbackTransaction(connection).catch(() => {})
-      release()
+      if (!broken) return release()
+      // A driver discards a connection on which ROLLBACK fails, so it is shown a failure; one that does not discard it gets
+      // it back when ROLLBACK is answered, which a statement that still runs may hold up for long.
+      const discard = async () => {
+        await driver.rollbackTransaction(failing(connection, broken)).catch(() => {})
+        await driver.rollbackTransaction(connection).catch(() => {})
+        release()
+      }
+      void discard()
     },
     async begin(connection, settings) {
       const { driver, adapter } = partsOf(connection)
@@ -301,6 +307,17 @@ function overDialect<Tables>(
         options,
       ),
   }
+}
+
+/** The connection as it looks when it is broken. */
+function failing(connection: DatabaseConnection, error: Error): DatabaseConnection {
+  return new Proxy(connection, {
+    get(target, key) {
+      if (key === 'executeQuery') return () => Promise.reject(error)
+      const value: unknown = Reflect.get(target, key)
+      return typeof value === 'function' ? value.bind(target) : value
+    },
+  })
 }
 
 /** What is known of a dialect; of an unknown one the conservative set. */
