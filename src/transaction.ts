@@ -224,10 +224,13 @@ export class Transaction<Connection> {
     this.#place = this.#host.place()
     const lease = await this.#acquire()
     this.#startedAt = performance.now()
+    if (this.root.refusal) {
+      await this.#host.release(lease) // it came too late
+      throw this.root.refusal()
+    }
     let broken: Error | undefined
     this.#beginning = lease
     try {
-      assertLive(this.root)
       const begin = () =>
         this.#beginOn(lease).catch((error) => {
           if (lease.adapter.traits(error).reply !== 'answered') broken = asError(error)

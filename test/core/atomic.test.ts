@@ -1035,6 +1035,38 @@ describe('the end of a block', () => {
     }
   })
 
+  it('A6 sends nothing for a branch that waited for a connection when its sibling threw', async () => {
+    const single = subject.define({ pool: { max: 1 } })
+    const held = { began: gate(), goOn: gate() }
+    const holder = newContext(async () => {
+      await single.db.query('select 1')
+      held.began.open()
+      await held.goOn.passed
+    })
+    await held.began.passed
+    let branch: Promise<unknown> | undefined
+    const work = newContext(() =>
+      single.atomic(async () => {
+        branch = single.db.query("insert into notes values ('lost')").catch((error: unknown) => error)
+        throw boom
+      }),
+    )
+    await expect(work).rejects.toBe(boom)
+    held.goOn.open()
+    await holder
+    expect(await branch).toMatchObject(ended)
+    await newContext(() => single.db.query("insert into notes values ('kept')"))
+    expect(await notes()).toEqual(['kept'])
+    expect(subject.sent.map((text) => text.split(' ')[0])).toEqual([
+      'BEGIN',
+      'select',
+      'COMMIT',
+      'BEGIN',
+      'insert',
+      'COMMIT',
+    ])
+  })
+
   it('A6 keeps the outer work when a block throws while an inner block is still running', async () => {
     for (const point of ['statement', 'idle'] as const) {
       await subject.clear()
