@@ -71,24 +71,27 @@ export function runInScope<Result>(scope: Scope | undefined, work: () => Result)
   return storage.run(scope, work)
 }
 
-/** Lets every event of `emitter` run in the current scope, in whichever scope it is emitted (S12, H6). */
-export function bindEmitter<Emitter extends EventEmitter>(
-  emitter: Emitter,
-  scope: Scope | undefined = currentScope(),
-): Emitter {
+/**
+ * Lets every event of `emitter` run in `scope`, or else in the async context of this call with everything that others keep
+ * in it, in whichever context it is emitted (S12, H6).
+ */
+export function bindEmitter<Emitter extends EventEmitter>(emitter: Emitter, scope?: Scope): Emitter {
+  const inside: (work: () => boolean) => boolean = scope
+    ? (work) => storage.run(scope, work)
+    : AsyncLocalStorage.snapshot()
   const emit = emitter.emit
   emitter.emit = function (this: Emitter, ...args) {
-    return storage.run(scope, () => emit.apply(this, args))
+    return inside(() => emit.apply(this, args))
   }
   return emitter
 }
 
-/** Makes a callback that runs in the current scope, whoever calls it. */
+/** Makes a callback that runs in the current async context, whoever calls it (S12). */
 export function bindCallback<Args extends unknown[], Result>(
   callback: (...args: Args) => Result,
 ): (...args: Args) => Result {
-  const scope = currentScope()
-  return (...args) => storage.run(scope, () => callback(...args))
+  const inside = AsyncLocalStorage.snapshot()
+  return (...args) => inside(callback, ...args)
 }
 
 /** Options of a context. */

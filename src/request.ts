@@ -1,5 +1,13 @@
 import type { TransactionOptions } from './adapter.ts'
-import { bindEmitter, Context, currentContext, detach, type InternalContextOptions, type Scope } from './context.ts'
+import {
+  bindEmitter,
+  Context,
+  currentContext,
+  currentScope,
+  detach,
+  type InternalContextOptions,
+  type Scope,
+} from './context.ts'
 import type { NodeRequest, NodeResponse } from './response.ts'
 import { guardOf, ResponseGuard } from './response-guard.ts'
 
@@ -35,7 +43,7 @@ export function serveRequest<Request extends object, Result>(
   const emitter = request as unknown as NodeRequest & Parameters<typeof bindEmitter>[0]
   const current = currentContext()
   if (current?.options.adoptable && current.state === 'open') {
-    bindEmitter(emitter)
+    bindEmitter(emitter, currentScope())
     return proceed()
   }
   if (options.skip?.(request)) return detach(proceed)

@@ -115,9 +115,21 @@ function requestCancel(client: PoolClient): Promise<void> {
 interface Submittable extends EventEmitter {
   submit(connection: unknown): void
   handleError(error: Error, connection?: unknown): void
-  read?(rows: number, callback?: (...result: unknown[]) => void): unknown
-  close?(callback?: (error?: Error) => void): unknown
+  callback?: QueryCallback | undefined
+  /** The cursor behind a `pg-query-stream`. */
+  cursor?: Cursor
+  read?: unknown
+  close?: unknown
+  pipe?: unknown
+  destroyed?: boolean
   destroy?(error?: Error): unknown
+}
+
+type CursorCallback = (error?: Error, rows?: unknown[]) => void
+
+interface Cursor {
+  read(rows: number, callback?: CursorCallback): unknown
+  close(callback?: CursorCallback): unknown
 }
 
 type QueryCallback = (error: Error | undefined, result?: unknown) => void
@@ -130,8 +142,8 @@ function query(
   client?: AmbientClient,
 ): unknown {
   const [config, values, callback] = args
-  if (isSubmittable(config)) return submit(statements, config, block)
   const done = [values, callback].find((each) => typeof each === 'function') as QueryCallback | undefined
+  if (isSubmittable(config)) return submit(statements, config, done, block)
   const text = typeof config === 'string' ? config : (config as { text?: unknown } | undefined)?.text
   const control = typeof text === 'string' ? parseTransactionControl(text) : undefined
   const plain = typeof values === 'function' ? undefined : values
@@ -159,72 +171,159 @@ function isSubmittable(config: unknown): config is Submittable {
 }
 
 /** A cursor, stream or `pg.Query`: returned at once, submitted in its turn, over when the client is ready for more. */
-function submit(statements: Statements<PoolClient>, subject: Submittable, block?: NativeBlock): Submittable {
-  let failure: Error | undefined
+function submit(
+  statements: Statements<PoolClient>,
+  subject: Submittable,
+  done: QueryCallback | undefined,
+  block?: NativeBlock,
+): Submittable {
   bindEmitter(subject)
+  const callback = subject.callback ?? done
+  if (callback) subject.callback = bindCallback(callback)
+  const running: Running = { failure: undefined, onClosing: () => {} }
   const { handleError } = subject
   subject.handleError = (error, connection) => {
-    failure ??= error
+    running.failure ??= error
+    running.onClosing()
     handleError.call(subject, error, connection)
   }
-  const over = (connection: PoolClient) =>
-    new Promise<void>((resolve) => {
-      const free = () => {
-        connection.off('drain', free).off('end', free)
-        resolve()
-      }
-      connection.query(subject as never) // it has all that pg looks for
-      connection.once('drain', free).once('end', free)
-    })
-  const refuse = (error: Error) => {
-    if (error !== failure) subject.handleError(error)
-  }
-  if (subject.read) {
-    stream(statements, subject, { over, failure: () => failure }, block).catch(refuse)
-  } else {
-    const statement = async (connection: PoolClient) => {
-      await over(connection)
-      if (failure) throw failure
-    }
-    statements.run(statement, block).catch(refuse)
-  }
+  const turn = subject.read
+    ? stream(statements, subject, running, block)
+    : statement(statements, subject, running, block)
+  turn.catch((error) => {
+    if (error !== running.failure) subject.handleError(error)
+  })
   return subject
 }
 
-/** A cursor or stream: it occupies the session until it is closed. */
-async function stream(
+/** What is known of a submitted query while it runs. */
+interface Running {
+  failure: Error | undefined
+  onClosing: () => void
+}
+
+/** Submits `subject`; resolves when the client is ready for more, or gone. */
+function over(connection: PoolClient, subject: Submittable): Promise<void> {
+  return new Promise<void>((resolve) => {
+    const free = () => {
+      connection.off('drain', free).off('end', free)
+      resolve()
+    }
+    connection.query(subject as never) // it has all that pg looks for
+    connection.once('drain', free).once('end', free)
+  })
+}
+
+/** A query that ends by itself. */
+function statement(
   statements: Statements<PoolClient>,
   subject: Submittable,
-  { over, failure }: { over(connection: PoolClient): Promise<void>; failure(): Error | undefined },
+  running: Running,
+  block?: NativeBlock,
+): Promise<void> {
+  return statements.run(async (connection) => {
+    await over(connection, subject)
+    if (running.failure) throw running.failure
+  }, block)
+}
+
+/** A cursor or stream: it occupies the session until it is closed. */
+function stream(
+  statements: Statements<PoolClient>,
+  subject: Submittable,
+  running: Running,
   block?: NativeBlock,
 ): Promise<void> {
   let closed = false
-  let closing = () => {
+  running.onClosing = () => {
     closed = true
   }
-  const { read, close, destroy } = subject
+  const cursor = subject.cursor ?? (subject.pipe ? undefined : (subject as unknown as Cursor)) // what reads, closes, and is no stream
+  const { destroy } = subject
   if (destroy) {
     subject.destroy = (error) => {
-      closing()
+      running.onClosing()
       return destroy.call(subject, error)
-    }
-  } else if (read && close) {
-    subject.read = (rows, callback) => read.call(subject, rows, callback && bindCallback(callback))
-    subject.close = (callback) => {
-      closing()
-      return close.call(subject, callback && bindCallback(callback))
     }
   }
   const end = (error: Error) => {
+    reads?.refuse(error)
+    if (subject.listenerCount('error') === 0) subject.on('error', () => {}) // whoever reads on gets it; it ends no process
     if (subject.destroy) subject.destroy(error)
-    else subject.close?.(() => {})
+    else cursor?.close(() => {})
   }
-  const open = await statements.openStream(end, block)
-  if (!closed) {
-    closing = open.closing
-    await over(open.connection)
+  const turn = async () => {
+    const open = await statements.openStream(end, block)
+    try {
+      if (closed) return
+      if (open.connection.pipeline) {
+        const what = 'Cursors and streams do not work on a pool with `pipeline: true`.'
+        throw new AmbientError('AMBIENT_UNSUPPORTED', what)
+      }
+      running.onClosing = open.closing
+      const ended = over(open.connection, subject)
+      reads?.start()
+      await ended
+    } finally {
+      open.close(running.failure)
+    }
   }
-  open.close(failure())
+  const ended = turn()
+  const reads = cursor && holdReads(cursor, running, ended)
+  ended.then(
+    () => reads?.start(),
+    (error) => reads?.refuse(error),
+  )
+  return ended
+}
+
+/** Keeps what is asked of a cursor until its turn, and answers all of it, whatever becomes of the cursor. */
+function holdReads(cursor: Cursor, running: Running, ended: Promise<void>) {
+  const { read, close } = cursor
+  let waiting: [rows: number, callback: CursorCallback][] | undefined = []
+  let refusal: Error | undefined
+  let closed = false
+  const readNow = (rows: number, callback: CursorCallback) => {
+    if (refusal) process.nextTick(callback, refusal)
+    else if (closed) process.nextTick(callback, null, [])
+    else read.call(cursor, rows, callback)
+  }
+  cursor.read = orPromise((callback, rows: number) => {
+    if (waiting && !refusal) waiting.push([rows, callback])
+    else readNow(rows, callback)
+  })
+  cursor.close = orPromise((callback) => {
+    closed = true
+    running.onClosing()
+    close.call(cursor, () => {})
+    const done = () => callback() // pg itself waits for an answer that a lost connection never gives
+    ended.then(done, done)
+  })
+  const flush = () => {
+    for (const [rows, callback] of waiting?.splice(0) ?? []) readNow(rows, callback)
+    waiting = undefined
+  }
+  return {
+    /** Its turn has come, or is over. */
+    start: flush,
+    /** It will have no rows any more. */
+    refuse(error: Error) {
+      refusal ??= error
+      flush()
+    },
+  }
+}
+
+/** A method of cursors: takes a callback last, which runs in its caller's context, or returns a promise. */
+function orPromise<Args extends unknown[]>(act: (callback: CursorCallback, ...args: Args) => void) {
+  return (...args: unknown[]): unknown => {
+    const callback = args.at(-1)
+    const rest = (typeof callback === 'function' ? args.slice(0, -1) : args) as Args // the signature of the method
+    if (typeof callback === 'function') return act(bindCallback(callback as CursorCallback), ...rest)
+    return new Promise((resolve, reject) => {
+      act((error, rows) => (error ? reject(error) : resolve(rows)), ...rest)
+    })
+  }
 }
 
 type LeaseCallback = (
