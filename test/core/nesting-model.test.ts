@@ -62,6 +62,8 @@ beforeAll(async () => {
 afterAll(() => subject.close())
 
 const boom = new Error('boom')
+/** The notes whose `afterCommit` hook ran. */
+const committed: string[] = []
 
 async function pause(turns: number): Promise<void> {
   for (let count = 0; count < turns; count++) await new Promise((resolve) => setImmediate(resolve))
@@ -94,6 +96,7 @@ async function run(body: Step[], path: string): Promise<void> {
     switch (each.kind) {
       case 'note':
         await note(here)
+        main.afterCommit(() => committed.push(here))
         break
       case 'pause':
         await pause(each.turns)
@@ -144,14 +147,16 @@ async function run(body: Step[], path: string): Promise<void> {
   }
 }
 
-it('A1 A3 A6 leaves behind what nested, parallel, unawaited and abandoned blocks must, and no trace of the rest', async () => {
+it('A1 A3 A6 K2 leaves behind what nested, parallel, unawaited and abandoned blocks must, and no trace of the rest', async () => {
   const property = fc.asyncProperty(fc.array(step, { maxLength: 6 }), fc.boolean(), async (body, outer) => {
     await subject.clear()
+    committed.length = 0
     const program = () => run(body, 'n')
     await newContext(() => (outer ? subject.main.atomic(program) : program()))
     expect(await subject.notes()).toEqual(expected(body, 'n').sort())
+    expect(committed.sort()).toEqual(expected(body, 'n').sort())
     expect(await subject.openTransactions()).toBe(0)
     expect(subject.overlapping).toEqual([])
   })
-  await fc.assert(property, { numRuns: Number(process.env.FUZZ ?? 150) })
+  await fc.assert(property, { numRuns: Number(process.env.FUZZ ?? 100) })
 }, 600_000)
