@@ -44,6 +44,6 @@ export function location(): string {
 
 function readUrl(text: string): URL {
   const parsed = URL.parse(text)
-  if (parsed && /^(file|postgres|postgresql):$/.test(parsed.protocol)) return parsed
+  if (parsed && /^(file|postgres|postgresql):\/\//.test(text)) return parsed
   throw new Error('DATABASE_URL is neither postgres://user:password@host/database nor file:///path.')
 }
