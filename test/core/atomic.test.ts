@@ -889,6 +889,7 @@ describe('the end of a block', () => {
     await newContext(async () => {
       const block = main.atomic(async () => {
         await note('a')
+        void note('lost')
         void fail()
       })
       await expect(block).rejects.toMatchObject(undefinedTable)
@@ -973,12 +974,16 @@ describe('the end of a block', () => {
 
   it('A6 leaves no unhandled rejection of what nobody awaited when it throws', async () => {
     const throwing = async () => {
-      void note('a')
-      void note('b')
+      const inner = gate()
       void main.atomic(async () => {
+        await note('a')
+        void note('b')
         void note('c')
-        await note('d')
+        inner.open()
       })
+      void note('d')
+      void main.atomic(() => note('e'))
+      await inner.passed
       throw boom
     }
     await newContext(async () => {

@@ -158,5 +158,11 @@ it('A1 A3 A6 K2 leaves behind what nested, parallel, unawaited and abandoned blo
     expect(await subject.openTransactions()).toBe(0)
     expect(subject.overlapping).toEqual([])
   })
-  await fc.assert(property, { numRuns: Number(process.env.FUZZ ?? 100) })
+  const opening: Step = { kind: 'abandoned', native: false, turns: 0, bodies: [[{ kind: 'note' }], []] }
+  const examples: [Step[], boolean][] = [
+    [[opening], true],
+    [[{ kind: 'failed', joined: false, body: [opening] }], true],
+    [[{ kind: 'block', by: 'atomic', body: [opening, { kind: 'note' }], throws: false }], false],
+  ]
+  await fc.assert(property, { numRuns: Number(process.env.FUZZ ?? 100), examples })
 }, 600_000)
