@@ -79,6 +79,10 @@ export class Session<Connection>
   /** Where it was closed by hand, while tracing. */
   #closedAt: string | undefined
   #prepared = false
+  /** The COMMIT that is under way. */
+  #ending: Promise<void> | undefined
+  /** Something of it is committed already, so its end cannot say that everything was rolled back. */
+  #committed = false
   #held: Lease<Connection> | undefined
   #heldSince = 0
   #deferred: AfterHook[] = []
@@ -500,10 +504,21 @@ export class Session<Connection>
   }
 
   async #commit(): Promise<void> {
+    const ending = this.#commitTransaction()
+    this.#ending = ending
+    try {
+      await ending
+    } finally {
+      this.#ending = undefined
+    }
+  }
+
+  async #commitTransaction(): Promise<void> {
     const { transaction } = this
     const opened = transaction.opened
     try {
       await transaction.commit()
+      if (opened) this.#committed = true
       this.#renew('afterCommit', opened)
     } catch (error) {
       if (transaction.holdsConnection) await transaction.rollback(error) // COMMIT was never sent
@@ -558,6 +573,7 @@ export class Session<Connection>
   }
 
   async stop(cancel: boolean): Promise<void> {
+    await this.#ending?.catch(() => {}) // a COMMIT that was sent is awaited, whoever asked for it (C8)
     await this.transaction.stop(cancel)
   }
 
@@ -578,7 +594,7 @@ export class Session<Connection>
   async rollbackAtEnd(error: unknown): Promise<boolean> {
     const said = await this.rollbackNow(error)
     this.#owner.defer(this.#deferred.splice(0))
-    return said
+    return said && !this.#committed
   }
 
   closeAtEnd(): Promise<void> {

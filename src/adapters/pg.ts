@@ -283,11 +283,24 @@ function holdReads(cursor: Cursor, running: Running, ended: Promise<void>) {
   let waiting: [rows: number, callback: CursorCallback][] | undefined = []
   let refusal: Error | undefined
   let closed = false
+  const unanswered = new Set<CursorCallback>()
   const readNow = (rows: number, callback: CursorCallback) => {
     if (refusal) process.nextTick(callback, refusal)
     else if (closed) process.nextTick(callback, null, [])
-    else read.call(cursor, rows, callback)
+    else {
+      unanswered.add(callback)
+      read.call(cursor, rows, (...answer) => {
+        if (unanswered.delete(callback)) callback(...answer)
+      })
+    }
   }
+  // A closed cursor forgets the read that it was closed in, if that fails.
+  const answerRest = () => {
+    for (const callback of unanswered) callback(refusal ?? running.failure, [])
+    unanswered.clear()
+  }
+  const afterLastRows = () => setImmediate(answerRest)
+  ended.then(afterLastRows, afterLastRows)
   cursor.read = orPromise((callback, rows: number) => {
     if (waiting && !refusal) waiting.push([rows, callback])
     else readNow(rows, callback)

@@ -1,0 +1,336 @@
+import { newContext, openContext } from 'ambient-db'
+import Cursor from 'pg-cursor'
+import QueryStream from 'pg-query-stream'
+import { describe, expect, it } from 'vitest'
+import { gate, until } from '../support/gate.ts'
+import { failure, useWire } from './wire.ts'
+
+const wire = useWire()
+const forever = 'select pg_sleep(600)'
+
+/** Resolves when the server runs a statement that begins like this. */
+function running(sql: string): Promise<void> {
+  const runs = async () =>
+    (await wire.backends()).some(({ state, query }) => state === 'active' && query.startsWith(sql))
+  return until(runs, `the server to run ${sql}`)
+}
+
+function count(label: string): number {
+  return wire.proxy.traffic.labels.filter((each) => each === label).length
+}
+
+/** The statement ended, nothing is open, the pool works and nothing was committed. */
+async function expectNothingLeft(main: ReturnType<typeof wire.define>): Promise<void> {
+  const busy = async () => (await wire.backends()).filter(({ state }) => state !== 'idle')
+  await until(async () => (await busy()).length === 0, 'the server to be idle')
+  expect(count('> Q COMMIT')).toBe(0)
+  const pool = await main.connect()
+  expect(pool.totalCount).toBe(pool.idleCount)
+  expect(await wire.ids()).toEqual([])
+  await newContext(() => main.db.query('insert into t values (99)'))
+  expect(await wire.ids()).toEqual([99])
+}
+
+describe('C8 contexts', () => {
+  it('C8 cancels the running statement on the server when the signal fires, and rolls back', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const reason = new Error('the client has gone')
+    let statement: unknown
+    const work = failure(
+      newContext(
+        async () => {
+          await main.db.query('insert into t values (1)')
+          await main.db.query(forever).catch((error) => {
+            statement = error
+            throw error
+          })
+        },
+        { signal: abort.signal },
+      ),
+    )
+    await running(forever)
+    abort.abort(reason)
+    expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back', cause: reason })
+    expect(statement).toMatchObject({ code: '57014' })
+    expect(count('> cancel')).toBe(1)
+    expect(count('> Q ROLLBACK')).toBe(1)
+    expect(wire.proxy.traffic.connections).toBe(2) // the session's and the cancel request's
+    await expectNothingLeft(main)
+  })
+
+  it('C8 cancels at the deadline', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const error = await failure(
+      newContext(
+        async () => {
+          await main.db.query('insert into t values (1)')
+          await main.db.query(forever)
+        },
+        { timeout: 100 },
+      ),
+    )
+    expect(error).toMatchObject({ code: 'AMBIENT_TIMEOUT', outcome: 'rolled-back' })
+    await expectNothingLeft(main)
+  })
+
+  it('C8 refuses what an aborted branch issues later', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const later = gate()
+    let late: Promise<Error> | undefined
+    const error = await failure(
+      newContext(
+        async () => {
+          await main.db.query('insert into t values (1)')
+          late = later.passed.then(() => failure(main.db.query('insert into t values (2)')))
+          await later.passed
+        },
+        { timeout: 50 },
+      ),
+    )
+    expect(error).toMatchObject({ code: 'AMBIENT_TIMEOUT', outcome: 'rolled-back' })
+    later.open()
+    expect(await late).toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED', cause: error })
+    await expectNothingLeft(main)
+  })
+
+  it.each(['reset', 'stall'] as const)('C8 destroys the connection when the cancel request fails (%s)', async (how) => {
+    const main = wire.define({ pool: { max: 1 } })
+    wire.proxy.at('> cancel', how)
+    const work = failure(
+      newContext(
+        async () => {
+          await main.db.query('insert into t values (1)')
+          await main.db.query(forever)
+        },
+        { timeout: 50 },
+      ),
+    )
+    const error = await work
+    expect(error).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+    expect(error.outcome).toBeUndefined() // the server did not say so
+    const [backend] = (await wire.backends()).filter(({ state }) => state === 'active')
+    if (backend) await wire.kill(backend.pid) // the server itself notices a lost client only at the end of its statement
+    expect((await main.connect()).totalCount).toBe(0)
+    await expectNothingLeft(main)
+  })
+
+  it('C8 destroys the connection when the statement does not heed the cancel request', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    wire.proxy.at('< E 57014', 'stall')
+    const error = await failure(newContext(() => main.db.query(forever), { timeout: 50 }))
+    expect(error).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+    expect(error.outcome).toBeUndefined()
+    expect((await main.connect()).totalCount).toBe(0)
+    await expectNothingLeft(main)
+  })
+
+  it('C8 awaits a COMMIT that was sent when the signal fires, and reports it', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const hold = gate()
+    const trap = wire.proxy.at('< C COMMIT', hold)
+    const hooks: string[] = []
+    const work = newContext(
+      async () => {
+        main.afterCommit(() => hooks.push('commit'))
+        main.afterRollback(() => hooks.push('rollback'))
+        await main.db.query('insert into t values (1)')
+        return 'done'
+      },
+      { signal: abort.signal },
+    )
+    await trap.caught
+    abort.abort()
+    hold.open()
+    expect(await work).toBe('done')
+    expect(hooks).toEqual(['commit'])
+    expect(count('> cancel')).toBe(0)
+    expect(await wire.ids()).toEqual([1])
+  })
+
+  it('C8 awaits a COMMIT that was sent by hand, neither cancels nor disowns it', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const hold = gate()
+    const trap = wire.proxy.at('< C COMMIT', hold)
+    const hooks: string[] = []
+    let committed: Promise<unknown> | undefined
+    const work = failure(
+      newContext(
+        async () => {
+          main.afterCommit(() => hooks.push('commit'))
+          main.afterRollback(() => hooks.push('rollback'))
+          await main.db.query('insert into t values (1)')
+          committed = main.commit().then(() => 'committed')
+          await committed
+          await main.db.query('insert into t values (2)')
+        },
+        { signal: abort.signal },
+      ),
+    )
+    await trap.caught
+    abort.abort()
+    await until(() => abort.signal.aborted, 'the abort')
+    await new Promise((resolve) => setImmediate(resolve))
+    expect(count('> cancel')).toBe(0)
+    hold.open()
+    expect(await committed).toBe('committed')
+    const error = await work
+    expect(error).toMatchObject({ code: 'AMBIENT_ABORTED' })
+    expect(count('> cancel')).toBe(0)
+    expect(hooks).toEqual(['commit'])
+    expect(await wire.ids()).toEqual([1])
+    const pool = await main.connect()
+    expect([pool.totalCount, pool.idleCount]).toEqual([1, 1])
+  })
+
+  it('C8 ends a context that waits for a connection, and gives the late one back', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const [holding, release] = [gate(), gate()]
+    const holder = newContext(async () => {
+      await main.db.query('select 1')
+      holding.open()
+      await release.passed
+    })
+    await holding.passed
+    const error = await failure(newContext(() => main.db.query('insert into t values (1)'), { timeout: 30 }))
+    expect(error).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+    release.open()
+    await holder
+    await newContext(() => main.db.query('insert into t values (2)'))
+    expect(await wire.ids()).toEqual([2])
+  })
+
+  it('C8 ends a context while BEGIN is unanswered', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const hold = gate()
+    const trap = wire.proxy.at('< C BEGIN', hold)
+    const error = await failure(newContext(() => main.db.query('insert into t values (1)'), { timeout: 50 }))
+    expect(error).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+    expect(trap.count).toBe(1)
+    hold.open()
+    await expectNothingLeft(main)
+    expect(wire.proxy.traffic.labels).not.toContain('> Q insert into t values (1)')
+  })
+
+  it.each([
+    ['stream', (sql: string) => new QueryStream(sql)],
+    ['cursor', (sql: string) => new Cursor(sql)],
+  ] as const)('C8 cancels a %s that the server is still busy with', async (_, make) => {
+    const main = wire.define({ pool: { max: 1 } })
+    let seen: Promise<Error> | undefined
+    const work = failure(
+      newContext(
+        async () => {
+          await main.db.query('insert into t values (1)')
+          const rows = main.db.query(make(forever) as Cursor)
+          seen = rows instanceof QueryStream ? failure(rows.toArray()) : failure(rows.read(1))
+          await seen
+          await gate().passed
+        },
+        { timeout: 300 },
+      ),
+    )
+    await running(forever)
+    expect(await work).toMatchObject({ code: 'AMBIENT_TIMEOUT', outcome: 'rolled-back' })
+    expect(await seen).toBeInstanceOf(Error)
+    expect(count('> cancel')).toBe(1)
+    await expectNothingLeft(main)
+  })
+
+  it('C8 does nothing for a context that was aborted before it began', async () => {
+    const main = wire.define()
+    const work = newContext(() => main.db.query('insert into t values (1)'), { signal: AbortSignal.abort() })
+    expect(await failure(work)).toMatchObject({ code: 'AMBIENT_ABORTED' })
+    expect(wire.proxy.traffic.connections).toBe(0)
+  })
+
+  it('C8 rejects the settlement of a context that was aborted', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const context = openContext({ signal: abort.signal })
+    await context.run(() => main.db.query('insert into t values (1)'))
+    expect(context.signal.aborted).toBe(false)
+    abort.abort()
+    expect(context.signal.aborted).toBe(true)
+    expect(await failure(context.settle('commit'))).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+    await expectNothingLeft(main)
+  })
+})
+
+describe('C8 blocks', () => {
+  it('C8 cancels the statement of a block at its deadline, and the session goes on', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    await newContext(async () => {
+      const block = main.atomic(
+        async () => {
+          await main.db.query('insert into t values (1)')
+          await main.db.query(forever)
+        },
+        { timeout: 100 },
+      )
+      expect(await failure(block)).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+      expect(count('> cancel')).toBe(1)
+      expect(count('> Q COMMIT')).toBe(0)
+      await main.db.query('insert into t values (2)')
+    })
+    expect(await wire.ids()).toEqual([2])
+    expect(wire.proxy.traffic.connections).toBe(2)
+  })
+
+  it('C8 cancels the statement of a nested block by its signal, and keeps the outer work', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const work = newContext(async () => {
+      await main.atomic(async () => {
+        await main.db.query('insert into t values (1)')
+        const inner = main.atomic(
+          async () => {
+            await main.db.query('insert into t values (2)')
+            await main.db.query(forever)
+          },
+          { signal: abort.signal },
+        )
+        expect(await failure(inner)).toMatchObject({ code: 'AMBIENT_ABORTED' })
+        await main.db.query('insert into t values (3)')
+      })
+    })
+    await running(forever)
+    abort.abort()
+    await work
+    expect(await wire.ids()).toEqual([1, 3])
+  })
+
+  it('C8 awaits the COMMIT of a block that was sent when its signal fires', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const hold = gate()
+    const trap = wire.proxy.at('< C COMMIT', hold)
+    const work = newContext(() =>
+      main.atomic(() => main.db.query('insert into t values (1)'), { signal: abort.signal }),
+    )
+    await trap.caught
+    abort.abort()
+    hold.open()
+    await work
+    expect(await wire.ids()).toEqual([1])
+  })
+
+  it('C8 never retries a block that was aborted', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    let runs = 0
+    const work = newContext(() =>
+      main.atomic(
+        async () => {
+          runs++
+          await main.db.query(forever)
+        },
+        { timeout: 50, retry: { attempts: 3 } },
+      ),
+    )
+    expect(await failure(work)).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+    expect(runs).toBe(1)
+    await expectNothingLeft(main)
+  })
+})
