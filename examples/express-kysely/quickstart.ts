@@ -42,7 +42,7 @@ async function quickstart(): Promise<boolean> {
     const ok = await Promise.race([tour, stopped.then(() => false)])
     if (!ok) return false
     if (!serve) {
-      console.log('Read on in app.ts and orders.ts. To try it yourself: npm run quickstart -- --serve\n')
+      console.log('The code: examples/express-kysely/app.ts. To try it yourself: npm run quickstart -- --serve\n')
       return true
     }
     log = undefined
