@@ -1,0 +1,215 @@
+import { AsyncLocalStorage } from 'node:async_hooks'
+import { Client, Pool } from 'pg'
+import { type Fate, startProxy } from '../support/proxy.ts'
+import type { Library } from './libraries.ts'
+import type { Mutate } from './mutants.ts'
+import { type DatabaseName, describe, Stage, type Violation } from './stage.ts'
+import type { Unit } from './units.ts'
+import { type Boundary, WireLog } from './wire-log.ts'
+
+export const fates = ['reset', 'end', 'short stall', 'long stall'] as const
+export const sides = ['before', 'after'] as const
+
+/** Shorter than every timeout, and longer. */
+const stalls = { 'short stall': 100, 'long stall': 1000 }
+/** In which a unit of work must have settled, whatever happens to its connection. */
+const hangBound = 8000
+/** In which the pool must be whole again. */
+const recoveryBound = 1000
+
+/** One cut: where, on which side of the message, and how. */
+export interface Cut {
+  readonly boundary: Boundary
+  readonly when: (typeof sides)[number]
+  readonly fate: (typeof fates)[number]
+}
+
+export interface Case {
+  readonly library: Library
+  readonly unit: Unit
+  /** Absent: the unit runs undisturbed. */
+  readonly cut?: Cut
+  readonly mutate?: Mutate
+}
+
+export interface Result {
+  readonly id: string
+  readonly library: string
+  readonly unit: string
+  readonly violations: Violation[]
+  /** Errors that said that the outcome is unknown. */
+  readonly unknowns: number
+  /** Uncaught exceptions and unhandled rejections. */
+  readonly uncaught: string[]
+  readonly summary: string
+  readonly boundaries: Boundary[]
+}
+
+/** By which a case can be run alone. */
+export function idOf({ library, unit, cut }: Case): string {
+  if (!cut) return `${library.name}/${unit.name}`
+  const { boundary, when, fate } = cut
+  return `${library.name}/${unit.name}/${when}/${fate}/${boundary.occurrence}/${boundary.label}`
+}
+
+/** Databases with marker rows, and a connection to each that no code under test knows of. */
+export interface Lab {
+  run(subject: Case): Promise<Result>
+  close(): Promise<void>
+}
+
+export async function openLab(serverUrl: string): Promise<Lab> {
+  const name = `truth_${process.pid}_${Date.now()}`
+  const urls = { main: urlOf(serverUrl, name), other: urlOf(serverUrl, `${name}_other`) }
+  for (const database of [name, `${name}_other`]) await administer(serverUrl, `create database ${database}`)
+  const witnesses: Record<DatabaseName, Pool> = {
+    main: new Pool({ connectionString: urls.main, application_name: 'witness', max: 3 }),
+    other: new Pool({ connectionString: urls.other, application_name: 'witness', max: 2 }),
+  }
+  for (const witness of Object.values(witnesses)) {
+    await witness.query('create table markers (run text, label text, primary key (run, label))')
+    await witness.query('create table numbers as select n from generate_series(1, 40) n')
+    await witness.query('create table deferred (id int unique deferrable initially deferred)')
+  }
+
+  let runs = 0
+  const current = new AsyncLocalStorage<string[]>()
+  const strays: string[] = []
+  const onStray = (error: unknown) => (current.getStore() ?? strays).push(describe(error))
+  process.on('uncaughtException', onStray)
+  process.on('unhandledRejection', onStray)
+
+  async function rowsOf(run: string): Promise<Set<string>> {
+    const rows = await Promise.all(
+      (['main', 'other'] as const).map(async (database) => {
+        const result = await witnesses[database].query('select label from markers where run = $1', [run])
+        return result.rows.map(({ label }) => `${database}:${label}`)
+      }),
+    )
+    return new Set(rows.flat())
+  }
+
+  /** Connections of a run that are in a transaction, or at work. */
+  async function busy(run: string): Promise<string[]> {
+    const { rows } = await witnesses.main.query(
+      `select state, query from pg_stat_activity where application_name in ($1, $2)
+          and (xact_start is not null or state <> 'idle')`,
+      [`${run}-main`, `${run}-other`],
+    )
+    return rows.map(({ state, query }) => `${state}: ${query}`)
+  }
+
+  async function perform(subject: Case, uncaught: string[]): Promise<Result> {
+    const { library, unit, cut, mutate = (adapter) => adapter } = subject
+    const run = `run${++runs}`
+    const proxy = await startProxy(urls.main, { record: false })
+    const log = new WireLog(proxy)
+    const { trap, over } = setTrap(proxy, cut)
+    const lenience = cut?.fate.endsWith('stall') ? 50 : 0
+    const stage = new Stage({ library, run, proxy, log, pool: unit.pool ?? {}, mutate, lenience })
+    const violations: Violation[] = stage.violations
+    const violate = (kind: Violation['kind'], text: string) => violations.push({ kind, text })
+
+    const work = unit.run(stage).then(
+      () => true,
+      () => true, // what was said is in the claims
+    )
+    const settled = await Promise.race([work, sleep(hangBound)])
+    if (!settled) violate('hang', `not settled within ${hangBound} ms`)
+    const boundaries = log.boundaries()
+    stage.settled()
+    trap?.remove()
+    if (cut && trap?.count === 0) violate('unreached', 'the message never came')
+    await over()
+
+    const restored = performance.now()
+    const busyFor = async () => {
+      for (;;) {
+        const found = await busy(run)
+        if (found.length === 0 || performance.now() - restored > recoveryBound) return found
+        await sleep(10)
+      }
+    }
+    const open = await busyFor()
+    if (open.length > 0) violate('open transaction', open.join('; '))
+    for (let attempt = 1; ; attempt++) {
+      const failure = await stage.occupy().catch((error) => error ?? new Error('nothing was thrown'))
+      if (!failure) break
+      if (attempt < 2 || performance.now() - restored < recoveryBound) continue
+      violate('lost slot', `pool not full after ${recoveryBound} ms: ${describe(failure)}`)
+      break
+    }
+    stage.judge(await rowsOf(run))
+
+    const closed = await Promise.race([stage.shutdown().then(() => true), sleep(2000)])
+    if (!closed) violate('hang', 'shutdown() did not end within 2000 ms')
+    for (let waited = 0; proxy.open > 0 && waited < 500; waited += 10) await sleep(10)
+    if (proxy.open > 0) violate('leaked socket', `${proxy.open} connections are open after shutdown()`)
+    await proxy.close()
+    await sleep(0)
+    if (uncaught.length > 0 && !library.limits.uncaught) violate('uncaught', uncaught.join('; '))
+    const id = idOf(subject)
+    const { unknowns } = stage
+    return {
+      ...{ id, library: library.name, unit: unit.name, violations, unknowns, uncaught },
+      ...{ summary: stage.summary(), boundaries },
+    }
+  }
+
+  return {
+    run(subject) {
+      const uncaught: string[] = []
+      return current.run(uncaught, () => perform(subject, uncaught))
+    },
+    async close() {
+      process.off('uncaughtException', onStray)
+      process.off('unhandledRejection', onStray)
+      for (const witness of Object.values(witnesses)) await witness.end()
+      for (const database of [name, `${name}_other`]) {
+        await administer(serverUrl, `drop database if exists ${database} with (force)`)
+      }
+      if (strays.length > 0) throw new Error(`Uncaught, and of no case: ${strays.join('; ')}`)
+    },
+  }
+}
+
+/** Sets the fate of the connection; `over` resolves when a stall has passed. */
+function setTrap(proxy: Awaited<ReturnType<typeof startProxy>>, cut: Cut | undefined) {
+  if (!cut) return { trap: undefined, over: async () => {} }
+  const { boundary, when, fate } = cut
+  const stall = fate === 'reset' || fate === 'end' ? 0 : stalls[fate]
+  const way: Fate = fate === 'reset' || fate === 'end' ? fate : { stall }
+  let count = 0
+  const match = ({ label }: { label: string }) => label === boundary.label && ++count === boundary.occurrence
+  const trap = proxy.at(match, way, { when })
+  let passed: Promise<unknown> = Promise.resolve()
+  void trap.caught.then(() => {
+    passed = sleep(stall + 5)
+  })
+  return { trap, over: () => passed }
+}
+
+/** All cuts of a unit whose uncut run had these boundaries. */
+export function cutsOf(boundaries: readonly Boundary[]): Cut[] {
+  return boundaries.flatMap((boundary) => sides.flatMap((when) => fates.map((fate) => ({ boundary, when, fate }))))
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms))
+}
+
+function urlOf(serverUrl: string, database: string): string {
+  const url = new URL(serverUrl)
+  url.pathname = `/${database}`
+  return url.href
+}
+
+async function administer(serverUrl: string, sql: string): Promise<void> {
+  const client = new Client({ connectionString: serverUrl })
+  await client.connect()
+  try {
+    await client.query(sql)
+  } finally {
+    await client.end()
+  }
+}

@@ -1,0 +1,77 @@
+import { CompiledQuery, type Kysely, PostgresDialect } from 'kysely'
+import type { Pool } from 'pg'
+import Cursor from 'pg-cursor'
+import QueryStream from 'pg-query-stream'
+import type { Adapter } from '../../src/adapter.ts'
+import { kyselyAdapter } from '../../src/adapters/kysely.ts'
+import { pgAdapter } from '../../src/adapters/pg.ts'
+
+export type Execute = (sql: string, parameters?: unknown[]) => Promise<unknown>
+
+/** A library under test: its adapter, and how its users do what units of work do. One entry in {@link libraries} adds one. */
+export interface Library<Handle = unknown, Engine = unknown, Connection = unknown> {
+  readonly name: string
+  /** What its documentation says that it can't do; failures of that kind are counted, but are none. */
+  readonly limits: {
+    /** A connection that is cut may be an uncaught exception, because the pool is out of reach. */
+    readonly uncaught?: true
+  }
+  adapter(pool: () => Pool): Adapter<Handle, Engine, Connection>
+  execute(db: Handle, sql: string, parameters: unknown[]): Promise<unknown>
+  /** The rows of table `numbers`, a few at a time. */
+  stream(db: Handle): AsyncIterable<unknown>
+  /** The transaction of the library's own. */
+  transaction(db: Handle, work: (execute: Execute) => Promise<unknown>): Promise<unknown>
+}
+
+interface Tables {
+  numbers: { n: number }
+}
+
+const pg: Library<Pool> = {
+  name: 'pg',
+  limits: {},
+  adapter: pgAdapter,
+  execute: (db, sql, parameters) => db.query(sql, parameters),
+  stream: (db) => db.query(new QueryStream('select n from numbers', [], { batchSize: 10 })),
+  async transaction(db, work) {
+    const client = await db.connect()
+    try {
+      await client.query('BEGIN')
+      await work((sql, parameters) => client.query(sql, parameters))
+      await client.query('COMMIT')
+    } catch (error) {
+      await client.query('ROLLBACK').catch(() => {})
+      throw error
+    } finally {
+      client.release()
+    }
+  },
+}
+
+const kyselyHandles: Pick<Library<Kysely<Tables>>, 'execute' | 'stream' | 'transaction'> = {
+  execute: (db, sql, parameters) => db.executeQuery(CompiledQuery.raw(sql, parameters)),
+  stream: (db) => db.selectFrom('numbers').select('n').stream(10),
+  transaction: (db, work) =>
+    db
+      .transaction()
+      .execute((trx) => work((sql, parameters = []) => trx.executeQuery(CompiledQuery.raw(sql, parameters)))),
+}
+
+const dialect = (pool: Pool) => new PostgresDialect({ pool, cursor: Cursor })
+
+const kyselyOverPg: Library<Kysely<Tables>> = {
+  name: 'kysely-pg',
+  limits: {},
+  adapter: (pool) => kyselyAdapter<Tables>(pgAdapter(pool), dialect),
+  ...kyselyHandles,
+}
+
+const kyselyBare: Library<Kysely<Tables>> = {
+  name: 'kysely-bare',
+  limits: { uncaught: true },
+  adapter: (pool) => kyselyAdapter<Tables>(() => dialect(pool())),
+  ...kyselyHandles,
+}
+
+export const libraries: readonly Library[] = [pg, kyselyOverPg, kyselyBare] as unknown as Library[] // each sees only its own handles

@@ -1,0 +1,100 @@
+import type { Pool, PoolClient } from 'pg'
+import type { Adapter } from '../../src/adapter.ts'
+import type { Violation } from './stage.ts'
+
+type AnyAdapter = Adapter<unknown, unknown, unknown>
+export type Mutate = (adapter: AnyAdapter) => AnyAdapter
+
+/** A fault that the harness must see: an adapter made worse. */
+export interface Mutant {
+  readonly name: string
+  readonly mutate: Mutate
+  /** Units and messages at which it shows; a few, so that proving it takes no time. */
+  readonly units: readonly string[]
+  readonly labels: RegExp
+  /** What the harness must say of it. */
+  readonly shows: Violation['kind']
+}
+
+/** An adapter that knows of a failed statement only what COMMIT is answered. */
+const blind: Mutate = (adapter) => {
+  const { transactionStatus: _, ...rest } = adapter
+  return { ...rest, capabilities: (engine) => ({ ...adapter.capabilities(engine), failedStatementAborts: false }) }
+}
+
+/** Not a fault: what `blind` does not see is found at COMMIT. Shows that the first mutant is caught for the tag alone. */
+export const control: Mutant = {
+  name: 'reads nothing but the tag of COMMIT',
+  mutate: blind,
+  units: ['failure swallowed'],
+  labels: /^[<>] [QC] (?:COMMIT|ROLLBACK)/i,
+  shows: 'wrong outcome',
+}
+
+/** The faults are put in at the driver: they are written for adapters whose engine is a pool of `pg`. */
+export const mutants: readonly Mutant[] = [
+  {
+    name: 'ignores the tag of COMMIT',
+    mutate: (adapter) => ({
+      ...blind(adapter),
+      commit: async (connection) => {
+        await adapter.commit(connection)
+        return 'committed'
+      },
+    }),
+    units: ['failure swallowed'],
+    labels: /^[<>] [QC] (?:COMMIT|ROLLBACK)/i,
+    shows: 'wrong outcome',
+  },
+  {
+    name: 'takes a lost answer to COMMIT for a rollback',
+    mutate: (adapter) => ({
+      ...adapter,
+      commit: (connection) => adapter.commit(connection).catch(() => 'rolled-back'),
+    }),
+    units: ['one write', 'manual commit'],
+    labels: /^< C COMMIT/i,
+    shows: 'wrong outcome',
+  },
+  {
+    name: 'gives connections back without ROLLBACK',
+    mutate: (adapter) => ({ ...adapter, rollback: async () => {} }),
+    units: ['failure thrown', 'atomic rollback'],
+    labels: /^< Z/,
+    shows: 'open transaction',
+  },
+  {
+    name: 'listens to no error of its connections',
+    mutate: (adapter) => ({
+      ...adapter,
+      acquire: (engine) => (engine as Pool).connect(),
+      release: (_engine, connection, broken) => (connection as PoolClient).release(broken),
+    }),
+    units: ['one write', 'manual commit'],
+    labels: /^< C (?:INSERT|BEGIN)/i,
+    shows: 'uncaught',
+  },
+  {
+    name: 'sends COMMIT again',
+    mutate: (adapter) => {
+      let pool: Pool | undefined
+      const again = async () => {
+        const client = await (pool as Pool).connect()
+        const { command } = await client.query('COMMIT')
+        client.release()
+        return command === 'COMMIT' ? 'committed' : 'rolled-back'
+      }
+      return {
+        ...adapter,
+        acquire: (engine, onLost) => {
+          pool = engine as Pool
+          return adapter.acquire(engine, onLost)
+        },
+        commit: (connection) => adapter.commit(connection).catch(again),
+      }
+    },
+    units: ['one write', 'manual commit'],
+    labels: /^> [QP] COMMIT/i,
+    shows: 'wrong outcome',
+  },
+]

@@ -1,0 +1,207 @@
+// npm run truth -- [--library=<name>] [--unit=<name>] [--every=<n>] [--case=<id>] [--json=<file>] [--mutants=only|none]
+import { writeFile } from 'node:fs/promises'
+import { parseArgs } from 'node:util'
+import { acquirePostgres } from '../support/postgres-server.ts'
+import { type Case, cutsOf, idOf, type Lab, openLab, type Result } from './lab.ts'
+import { type Library, libraries } from './libraries.ts'
+import { control, type Mutant, mutants } from './mutants.ts'
+import type { Violation } from './stage.ts'
+import { units } from './units.ts'
+
+/** What came of the cases of one library. */
+export interface Row {
+  readonly library: string
+  readonly units: number
+  readonly boundaries: number
+  readonly cases: number
+  /** Cases in which an error said, and had to say, that the outcome is unknown. */
+  readonly unknowns: number
+  /** Uncaught exceptions that the documentation of the adapter declares. */
+  readonly declared: number
+  readonly violations: Partial<Record<Violation['kind'], number>>
+  readonly seconds: number
+}
+
+/** What came of a mutant. */
+export interface MutantRow {
+  readonly mutant: string
+  readonly library: string
+  readonly cases: number
+  readonly shows: Violation['kind']
+  /** Cases in which the harness said so. */
+  readonly caught: number
+}
+
+export interface Report {
+  readonly rows: Row[]
+  readonly mutants: MutantRow[]
+  readonly failures: { readonly id: string; readonly violations: readonly Violation[]; readonly summary: string }[]
+}
+
+const { values: options } = parseArgs({
+  options: {
+    library: { type: 'string' },
+    unit: { type: 'string' },
+    every: { type: 'string', default: '1' },
+    case: { type: 'string' },
+    json: { type: 'string', default: new URL('results.json', import.meta.url).pathname },
+    mutants: { type: 'string' },
+    concurrency: { type: 'string', default: '24' },
+  },
+})
+const every = Number(options.every)
+const concurrency = Number(options.concurrency)
+
+const server = await acquirePostgres()
+const lab = await openLab(server.url)
+try {
+  if (options.case === undefined) await runAll(lab)
+  else await runAlone(lab, options.case)
+} finally {
+  await lab.close()
+  await server.stop()
+}
+
+async function runAll(lab: Lab): Promise<void> {
+  const report: Report = { rows: [], mutants: [], failures: [] }
+  if (options.mutants !== 'none') {
+    report.mutants.push(...(await runMutant(lab, control)))
+    for (const mutant of mutants) report.mutants.push(...(await runMutant(lab, mutant)))
+  }
+  if (options.mutants !== 'only') {
+    for (const library of libraries.filter(({ name }) => name === (options.library ?? name))) {
+      report.rows.push(await runLibrary(lab, library, report.failures))
+    }
+  }
+  await writeFile(options.json, `${JSON.stringify(report, null, 2)}\n`)
+  printReport(report)
+  const escaped = report.mutants.some(({ mutant, caught }) => (mutant === control.name ? caught > 0 : caught === 0))
+  if (escaped || report.failures.length > 0) process.exitCode = 1
+}
+
+async function runLibrary(lab: Lab, library: Library, failures: Report['failures']): Promise<Row> {
+  const startedAt = performance.now()
+  const chosen = units.filter(({ name }) => name === (options.unit ?? name))
+  const uncut: Result[] = []
+  for (const unit of chosen) uncut.push(await lab.run({ library, unit }))
+  const cases = chosen.flatMap((unit, index): Case[] => {
+    const cuts = cutsOf(uncut[index]?.boundaries ?? [])
+    return cuts.filter((_, each) => each % every === index % every).map((cut) => ({ library, unit, cut }))
+  })
+  const results = [...uncut, ...(await runCases(lab, cases))]
+  const violations: Row['violations'] = {}
+  for (const result of results) {
+    for (const { kind } of result.violations) violations[kind] = (violations[kind] ?? 0) + 1
+    if (result.violations.length > 0) failures.push(result)
+  }
+  return {
+    library: library.name,
+    units: chosen.length,
+    boundaries: uncut.reduce((sum, { boundaries }) => sum + boundaries.length, 0),
+    cases: results.length,
+    unknowns: results.filter(({ unknowns }) => unknowns > 0).length,
+    declared: library.limits.uncaught ? results.reduce((sum, { uncaught }) => sum + uncaught.length, 0) : 0,
+    violations,
+    seconds: Math.round((performance.now() - startedAt) / 1000),
+  }
+}
+
+/** The faults are put in at the driver, so they are run where the engine is its pool. */
+async function runMutant(lab: Lab, { name, mutate, units: names, labels, shows }: Mutant): Promise<MutantRow[]> {
+  const rows: MutantRow[] = []
+  for (const library of libraries.filter(({ limits }) => !limits.uncaught)) {
+    const cases: Case[] = []
+    for (const unit of units.filter((each) => names.includes(each.name))) {
+      cases.push({ library, unit, mutate })
+      const { boundaries } = await lab.run({ library, unit, mutate })
+      const cuts = cutsOf(boundaries.filter(({ label }) => labels.test(label)))
+      for (const cut of cuts) if (!cut.fate.endsWith('stall')) cases.push({ library, unit, cut, mutate })
+    }
+    const results = await runCases(lab, cases)
+    const caught = results.filter(({ violations }) => violations.some(({ kind }) => kind === shows)).length
+    rows.push({ mutant: name, library: library.name, cases: cases.length, shows, caught })
+  }
+  return rows
+}
+
+/** Runs several cases at a time, each with a proxy and pools of its own; results come in the order of the cases. */
+async function runCases(lab: Lab, cases: readonly Case[]): Promise<Result[]> {
+  const results: Result[] = []
+  let next = 0
+  const worker = async () => {
+    while (next < cases.length) {
+      const index = next++
+      const subject = cases[index] as Case
+      let result = await lab.run(subject)
+      for (let again = 1; again <= 2 && unreached(result); again++) result = await lab.run(subject)
+      results[index] = result
+    }
+  }
+  await Promise.all(Array.from({ length: Math.min(concurrency, cases.length) }, worker))
+  return results
+}
+
+/** On a busy machine a unit may have been refused a connection before it came to the message: nothing was tested. */
+function unreached({ violations }: Result): boolean {
+  return violations.length > 0 && violations.every(({ kind }) => kind === 'unreached')
+}
+
+async function runAlone(lab: Lab, id: string): Promise<void> {
+  const [libraryName, unitName] = id.split('/')
+  const library = libraries.find(({ name }) => name === libraryName)
+  const unit = units.find(({ name }) => name === unitName)
+  if (!library || !unit) throw new Error(`There is no unit '${unitName}' or no library '${libraryName}'.`)
+  const uncut = await lab.run({ library, unit })
+  const subjects = cutsOf(uncut.boundaries).map((cut): Case => ({ library, unit, cut }))
+  const subject = subjects.find((each) => idOf(each) === id)
+  if (!subject && id !== uncut.id) throw new Error(`There is no such boundary: ${id}`)
+  const result = subject ? await lab.run(subject) : uncut
+  console.log(result.summary)
+  for (const { kind, text } of result.violations) console.log(`${kind}: ${text}`)
+  if (result.uncaught.length > 0) console.log(`uncaught: ${result.uncaught.join('; ')}`)
+  if (result.violations.length > 0) process.exitCode = 1
+}
+
+function printReport({ rows, mutants, failures }: Report): void {
+  const shown = failures.slice(0, 60)
+  for (const { id, violations, summary } of shown) {
+    console.log(`\n${violations.map(({ kind, text }) => `${kind}: ${text}`).join('\n')}`)
+    console.log(`  said: ${summary}\n  again: npm run truth -- --case=${quote(id)}`)
+  }
+  if (failures.length > shown.length) console.log(`\n… and ${failures.length - shown.length} more in ${options.json}`)
+  if (rows.length > 0) console.log(`\n${table(rows.map(cellsOf))}`)
+  if (mutants.length > 0) {
+    const cells = mutants.map(({ mutant, library, cases, shows, caught }) => ({
+      ...{ 'planted fault': mutant, library, cases, caught, 'seen as': mutant === control.name ? '(no fault)' : shows },
+    }))
+    console.log(`\n${table(cells)}`)
+  }
+}
+
+function cellsOf({ library, units, boundaries, cases, unknowns, declared, violations, seconds }: Row) {
+  const count = (kind: Violation['kind']) => violations[kind] ?? 0
+  return {
+    ...{ library, units, boundaries, cases, 'wrong outcomes': count('wrong outcome'), unknowns },
+    'not justified': count('unjustified unknown') + count('missed unknown'),
+    uncaught: declared > 0 ? `${count('uncaught')} (${declared} declared)` : count('uncaught'),
+    'lost slots': count('lost slot'),
+    'left open': count('open transaction') + count('leaked socket'),
+    hangs: count('hang'),
+    'never reached': count('unreached'),
+    seconds,
+  }
+}
+
+function table(rows: readonly Record<string, string | number>[]): string {
+  const titles = Object.keys(rows[0] ?? {})
+  const line = (cells: readonly (string | number | undefined)[]) => `| ${cells.join(' | ')} |`
+  return [
+    line(titles),
+    line(titles.map(() => '---')),
+    ...rows.map((row) => line(titles.map((title) => row[title]))),
+  ].join('\n')
+}
+
+function quote(text: string): string {
+  return `'${text.replaceAll("'", `'\\''`)}'`
+}

@@ -1,0 +1,128 @@
+import { Socket } from 'node:net'
+import type { WireProxy } from '../support/proxy.ts'
+import type { DatabaseName } from './stage.ts'
+
+/** A place in the conversation of a unit of work: the n-th message with this label. */
+export interface Boundary {
+  readonly label: string
+  readonly occurrence: number
+}
+
+/** Something that the client asked, and that the server answers with one `ReadyForQuery`. */
+interface Question {
+  readonly kind: 'commit' | 'begin' | 'other'
+  readonly database: DatabaseName
+  /** When the client got the answer. */
+  answeredAt?: number
+}
+
+/**
+ * What passed: at the proxy the messages, for the places to cut at; at the sockets of the client the questions and answers,
+ * because a client that has not noticed the cut yet has sent what the proxy never saw.
+ */
+export class WireLog {
+  readonly labels: string[] = []
+  readonly #questions: Question[] = []
+
+  constructor(proxy: WireProxy) {
+    const note = ({ label }: { label: string }) => {
+      this.labels.push(label)
+      return false
+    }
+    proxy.at(note, 'reset', { when: 'before' })
+  }
+
+  /** Makes the sockets of a pool, for its option `stream`. */
+  socketFor(database: DatabaseName): () => Socket {
+    return () => new TappedSocket(database, this.#questions)
+  }
+
+  /** What was asked on `database` and has no answer, or only since `lenience` ms. */
+  unanswered(database: DatabaseName, lenience: number): { commits: number; begins: number } {
+    const since = performance.now() - lenience
+    const open = this.#questions.filter(
+      (each) => each.database === database && (each.answeredAt === undefined || each.answeredAt > since),
+    )
+    const count = (kind: Question['kind']) => open.filter((each) => each.kind === kind).length
+    return { commits: count('commit'), begins: count('begin') }
+  }
+
+  /** All boundaries, without those inside a run of equal messages (rows, parameters of the server). */
+  boundaries(): Boundary[] {
+    const counts = new Map<string, number>()
+    const { labels } = this
+    const all = labels.map((label) => {
+      const occurrence = (counts.get(label) ?? 0) + 1
+      counts.set(label, occurrence)
+      return { label, occurrence }
+    })
+    return all.filter(({ label }, index) => {
+      const repeats = label === '< S' || label === '< D'
+      return !(repeats && labels[index - 1] === label && labels[index + 1] === label)
+    })
+  }
+}
+
+/** The socket of one client, which notes what is asked through it and what is answered. */
+class TappedSocket extends Socket {
+  readonly #database: DatabaseName
+  readonly #questions: Question[]
+  /** Those without an answer, in order. The first answer is that to the start-up. */
+  readonly #open: (Question | undefined)[] = [undefined]
+  #prepared: Question['kind'] = 'other'
+  #unread = Buffer.alloc(0)
+
+  constructor(database: DatabaseName, questions: Question[]) {
+    super()
+    this.#database = database
+    this.#questions = questions
+    this.prependListener('data', (chunk) => this.#received(chunk))
+    this.once('connect', () => {
+      // Not a method of the class: `connect` puts the one of `Socket` in its place.
+      this.write = (chunk: Buffer, ...rest: never[]): boolean => {
+        if (!this.destroyed && this.writable) this.#sent(chunk)
+        return super.write(chunk, ...rest)
+      }
+    })
+  }
+
+  /** The driver writes one message, or several that belong together, at a time. */
+  #sent(chunk: Buffer): void {
+    for (let at = 0; at + 5 <= chunk.length; ) {
+      const type = String.fromCharCode(chunk[at] as number)
+      if (type === '\0') return // the start-up has no type
+      const length = chunk.readInt32BE(at + 1) + 1
+      const text = chunk.toString('latin1', at + 5, at + length)
+      if (type === 'Q') this.#ask(kindOf(text))
+      if (type === 'P') this.#prepared = kindOf(text.slice(text.indexOf('\0') + 1))
+      if (type === 'S') this.#ask(this.#prepared)
+      at += length
+    }
+  }
+
+  #ask(kind: Question['kind']): void {
+    const question: Question = { kind, database: this.#database }
+    this.#questions.push(question)
+    this.#open.push(question)
+  }
+
+  #received(chunk: Buffer): void {
+    this.#unread = Buffer.concat([this.#unread, chunk])
+    while (this.#unread.length >= 5) {
+      const length = this.#unread.readInt32BE(1) + 1
+      if (this.#unread.length < length) return
+      const message = this.#unread.subarray(0, length)
+      this.#unread = this.#unread.subarray(length)
+      const type = String.fromCharCode(message[0] as number)
+      const [asked] = this.#open
+      const refusal = type === 'E' && !message.includes('C57P')
+      if (asked && (refusal || type === 'Z')) asked.answeredAt ??= performance.now()
+      if (type === 'Z') this.#open.shift()
+    }
+  }
+}
+
+function kindOf(sql: string): Question['kind'] {
+  if (/^commit\b/i.test(sql)) return 'commit'
+  return /^begin\b/i.test(sql) ? 'begin' : 'other'
+}
