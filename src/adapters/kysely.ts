@@ -361,10 +361,7 @@ function createKysely<Tables, Connection>(
   const adapter = withManyConnections(() => parts().adapter)
   const compiler: QueryCompiler = { compileQuery: (node, id) => parts().compiler.compileQuery(node, id) }
   const provider: ConnectionProvider = {
-    async provideConnection(consumer) {
-      const block = statements.createBlock()
-      return block.enter(() => consumer(new AmbientConnection(statements, wrap, block)))
-    },
+    provideConnection: async (consumer) => new AmbientConnection(statements, wrap).lend(consumer),
   }
   const dialect: Dialect = {
     createDriver: () => ambientDriver,
@@ -372,24 +369,107 @@ function createKysely<Tables, Connection>(
     createQueryCompiler: () => compiler,
     createIntrospector: (db) => parts().dialect.createIntrospector(db),
   }
-  const executor = new DefaultQueryExecutor(compiler, adapter, provider, [...plugins])
+  const executor = new AmbientExecutor(compiler, adapter, provider, plugins)
   return new Kysely<Tables>({ config: { dialect }, dialect, driver: ambientDriver, executor })
 }
 
+/** Lends a connection that it got from elsewhere as a new one, so that each transaction on it has an async scope of its own. */
+class AmbientExecutor extends DefaultQueryExecutor {
+  readonly #compiler: QueryCompiler
+  readonly #provider: ConnectionProvider
+
+  constructor(
+    compiler: QueryCompiler,
+    adapter: DialectAdapter,
+    provider: ConnectionProvider,
+    plugins: readonly KyselyPlugin[],
+  ) {
+    super(compiler, adapter, provider, [...plugins])
+    this.#compiler = compiler
+    this.#provider = provider
+  }
+
+  override withConnectionProvider(provider: ConnectionProvider): AmbientExecutor {
+    const lending: ConnectionProvider = {
+      provideConnection: (consumer, options) =>
+        provider.provideConnection((connection) => ambient(connection).inner().lend(consumer), options),
+    }
+    return this.#with(this.plugins, lending)
+  }
+
+  override withPlugin(plugin: KyselyPlugin): AmbientExecutor {
+    return this.#with([...this.plugins, plugin])
+  }
+
+  override withPlugins(plugins: readonly KyselyPlugin[]): AmbientExecutor {
+    return this.#with([...this.plugins, ...plugins])
+  }
+
+  override withPluginAtFront(plugin: KyselyPlugin): AmbientExecutor {
+    return this.#with([plugin, ...this.plugins])
+  }
+
+  override withoutPlugins(): AmbientExecutor {
+    return this.#with([])
+  }
+
+  #with(plugins: readonly KyselyPlugin[], provider = this.#provider): AmbientExecutor {
+    return new AmbientExecutor(this.#compiler, this.adapter, provider, plugins)
+  }
+}
+
+type ControlConnectionProvider = Parameters<NonNullable<DatabaseConnection['cancelQuery']>>[0]
+
 /** A connection as Kysely sees it: each query finds its turn in the session, and a transaction is a block of it. */
 class AmbientConnection<Connection> implements DatabaseConnection {
-  readonly block: NativeBlock
   readonly #statements: Statements<Connection>
   readonly #wrap: (connection: Connection) => DatabaseConnection | Promise<DatabaseConnection>
+  readonly #outer: AmbientConnection<Connection> | undefined
+  readonly #block: NativeBlock
+  #begun = false
+  #cancellable = false
+  #running: DatabaseConnection | undefined
 
   constructor(
     statements: Statements<Connection>,
     wrap: (connection: Connection) => DatabaseConnection | Promise<DatabaseConnection>,
-    block: NativeBlock,
+    outer?: AmbientConnection<Connection>,
   ) {
-    this.block = block
     this.#statements = statements
     this.#wrap = wrap
+    this.#outer = outer
+    this.#block = statements.createBlock()
+  }
+
+  /** The transaction that is open on it, or on the connection that it was lent from. */
+  get block(): NativeBlock {
+    return this.#begun || !this.#outer ? this.#block : this.#outer.block
+  }
+
+  async begin(settings: TransactionSettings): Promise<void> {
+    await this.#block.begin(settings)
+    this.#begun = true
+  }
+
+  /** The same connection for a consumer of its own. */
+  inner(): AmbientConnection<Connection> {
+    return new AmbientConnection(this.#statements, this.#wrap, this)
+  }
+
+  lend<Result>(consumer: (connection: DatabaseConnection) => Promise<Result>): Promise<Result> {
+    return this.#block.enter(() => consumer(this))
+  }
+
+  async collectSessionInfo(): Promise<void> {
+    this.#cancellable = true // which connection it is about, only the turn of the query shows
+  }
+
+  async cancelQuery(provider: ControlConnectionProvider): Promise<void> {
+    await this.#running?.cancelQuery?.(provider)
+  }
+
+  async killSession(provider: ControlConnectionProvider): Promise<void> {
+    await this.#running?.killSession?.(provider)
   }
 
   executeQuery<Row>(query: CompiledQuery): Promise<QueryResult<Row>> {
@@ -399,9 +479,16 @@ class AmbientConnection<Connection> implements DatabaseConnection {
     }
     return this.#statements.run((connection) => {
       const wrapped = this.#wrap(connection)
-      if (!(wrapped instanceof Promise)) return wrapped.executeQuery<Row>(query)
-      return wrapped.then((ready) => ready.executeQuery<Row>(query))
+      if (wrapped instanceof Promise) return wrapped.then((ready) => this.#execute<Row>(ready, query))
+      return this.#execute<Row>(wrapped, query)
     }, this.block)
+  }
+
+  #execute<Row>(connection: DatabaseConnection, query: CompiledQuery): Promise<QueryResult<Row>> {
+    if (!this.#cancellable) return connection.executeQuery<Row>(query)
+    this.#running = connection
+    const collected = connection.collectSessionInfo?.() ?? Promise.resolve()
+    return collected.then(() => connection.executeQuery<Row>(query))
   }
 
   async *streamQuery<Row>(query: CompiledQuery, chunkSize: number): AsyncIterableIterator<QueryResult<Row>> {
@@ -409,13 +496,17 @@ class AmbientConnection<Connection> implements DatabaseConnection {
     let ended: Error | undefined
     const stream = await this.#statements.openStream((error) => {
       ended = error
-      rows?.return?.().then(() => stream.close(), stream.close)
+      close().then(() => stream.close(), stream.close)
     }, this.block)
+    const unlessLost = racing(stream.lost) // a dialect may wait for an answer that a lost connection never gives
+    const close = async () => {
+      if (rows?.return) await unlessLost(rows.return())
+    }
     let failure: unknown
     try {
       rows = (await this.#wrap(stream.connection)).streamQuery<Row>(query, chunkSize)
-      for await (const row of rows) {
-        yield row
+      for (let next = await unlessLost(rows.next()); !next.done; next = await unlessLost(rows.next())) {
+        yield next.value
         if (ended) throw ended
       }
       if (ended) throw ended
@@ -423,9 +514,28 @@ class AmbientConnection<Connection> implements DatabaseConnection {
       if (error !== ended) failure = error
       throw error
     } finally {
+      await close().catch((error) => {
+        failure ??= error
+      })
       stream.close(failure)
     }
   }
+}
+
+/** Lets promises settle as they do, unless `lost` rejects first. Unlike `Promise.race` it leaves nothing behind on `lost`. */
+function racing(lost: Promise<never>): <Value>(promise: Promise<Value>) => Promise<Value> {
+  let error: unknown
+  let refuse = (_: unknown) => {}
+  lost.catch((reason) => {
+    error = reason
+    refuse(reason)
+  })
+  return (promise) =>
+    new Promise((resolve, reject) => {
+      refuse = reject
+      promise.then(resolve, reject)
+      if (error) reject(error)
+    })
 }
 
 /** Turns Kysely's transaction calls into those of the session's blocks. */
@@ -434,18 +544,18 @@ const ambientDriver: Driver = {
   acquireConnection: async () => {
     throw unsupported('Connections come from the session.')
   },
-  beginTransaction: async (connection, settings) => blockOf(connection).begin(fromKysely(settings)),
-  commitTransaction: (connection) => blockOf(connection).commit(),
-  rollbackTransaction: (connection) => blockOf(connection).rollback(),
-  savepoint: (connection, name) => blockOf(connection).savepoint(name),
-  rollbackToSavepoint: (connection, name) => blockOf(connection).rollbackTo(name),
-  releaseSavepoint: (connection, name) => blockOf(connection).releaseSavepoint(name),
+  beginTransaction: async (connection, settings) => ambient(connection).begin(fromKysely(settings)),
+  commitTransaction: (connection) => ambient(connection).block.commit(),
+  rollbackTransaction: (connection) => ambient(connection).block.rollback(),
+  savepoint: (connection, name) => ambient(connection).block.savepoint(name),
+  rollbackToSavepoint: (connection, name) => ambient(connection).block.rollbackTo(name),
+  releaseSavepoint: (connection, name) => ambient(connection).block.releaseSavepoint(name),
   releaseConnection: async () => {},
   destroy: async () => {
     throw unsupported('The ambient handle cannot be destroyed; `shutdown()` of the database closes the engine.')
   },
 }
 
-function blockOf(connection: DatabaseConnection): NativeBlock {
-  return (connection as AmbientConnection<unknown>).block // the only connections that the executor provides
+function ambient(connection: DatabaseConnection): AmbientConnection<unknown> {
+  return connection as AmbientConnection<unknown> // the only connections that the executor provides
 }
