@@ -2,12 +2,13 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { DatabaseSync } from 'node:sqlite'
-import { defineDatabase } from 'ambient-db'
+import { setImmediate as nextTurn } from 'node:timers/promises'
+import { defineDatabase, newContext } from 'ambient-db'
 import type { AdapterHarness, EngineProbe } from 'ambient-db/conformance'
 import { kyselyAdapter } from 'ambient-db/kysely'
 import BetterSqlite3 from 'better-sqlite3'
-import { CompiledQuery, type Kysely, type SqliteDatabase, SqliteDialect } from 'kysely'
-import { afterAll, beforeAll, describe } from 'vitest'
+import { CompiledQuery, type Kysely, type SqliteDatabase, SqliteDialect, sql } from 'kysely'
+import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { forKysely } from '../support/sqlite.ts'
 import { kyselyOperations, type Tables } from './kysely-subject.ts'
 import { itHoldsTheSuite } from './support.ts'
@@ -125,7 +126,7 @@ async function sqliteHarness(open: (file: string) => Opened): Promise<SqliteHarn
 }
 
 for (const [library, open] of Object.entries(libraries)) {
-  describe(`kyselyAdapter over ${library} holds the suite`, () => {
+  describe(`kyselyAdapter over ${library}`, () => {
     let harness: SqliteHarness
     beforeAll(async () => {
       harness = await sqliteHarness(open)
@@ -135,6 +136,165 @@ for (const [library, open] of Object.entries(libraries)) {
       await rm(harness.folder, { recursive: true })
     })
 
-    itHoldsTheSuite(() => harness)
+    describe('holds the suite', () => {
+      itHoldsTheSuite(() => harness)
+    })
+
+    describe('knows SQLite', () => {
+      const planned = new Error('planned')
+      beforeEach(() => harness.reset())
+
+      it('S13 begins IMMEDIATE, unless it is read-only', async () => {
+        const main = harness.define()
+        await newContext(async () => {
+          await harness.ids(main.db)
+          expect(() => harness.other.exec('begin immediate')).toThrow(/locked/)
+        })
+        await newContext(
+          async () => {
+            await harness.ids(main.db)
+            harness.other.exec('begin immediate')
+            harness.other.exec('rollback')
+          },
+          { transaction: { readOnly: true } },
+        )
+        await main.shutdown()
+      })
+
+      it('S13 tries BEGIN again until the lock is free', async () => {
+        const main = harness.define({ acquireTimeout: 5000 })
+        harness.other.exec('begin immediate')
+        const waiting = newContext(() => harness.insert(main.db, 1))
+        await nextTurn()
+        await nextTurn()
+        harness.other.exec('commit')
+        await waiting
+        expect(await harness.witness()).toEqual([1])
+        await main.shutdown()
+      })
+
+      it('S13 gives BEGIN up after acquireTimeout', async () => {
+        const main = harness.define({ acquireTimeout: 30 })
+        harness.other.exec('begin immediate')
+        const waiting = newContext(() => harness.insert(main.db, 1))
+        await expect(waiting).rejects.toMatchObject({
+          code: expect.stringMatching(/^(?:ERR_SQLITE_ERROR|SQLITE_BUSY)$/),
+        })
+        harness.other.exec('rollback')
+        await newContext(() => harness.insert(main.db, 2))
+        expect(await harness.witness()).toEqual([2])
+        await main.shutdown()
+      })
+
+      it('S13 tries COMMIT again until readers let it', async () => {
+        harness.other.exec('pragma journal_mode = delete') // there a reader holds up COMMIT, and nothing else
+        const main = harness.define({ acquireTimeout: 5000 })
+        harness.other.exec('begin; select * from items')
+        const waiting = newContext(() => harness.insert(main.db, 1))
+        const settled = waiting.then(() => 'committed')
+        await nextTurn()
+        await nextTurn()
+        expect(await Promise.race([settled, nextTurn('waiting')])).toBe('waiting')
+        harness.other.exec('commit')
+        await waiting
+        expect(await harness.witness()).toEqual([1])
+        await main.shutdown()
+        harness.other.exec('pragma journal_mode = wal')
+      })
+
+      it('S13 rolls back when COMMIT stays busy, and keeps the connection', async () => {
+        harness.other.exec('pragma journal_mode = delete')
+        const main = harness.define({ acquireTimeout: 30 })
+        harness.other.exec('begin; select * from items')
+        const failing = newContext(() => harness.insert(main.db, 1))
+        await expect(failing).rejects.toMatchObject({
+          code: expect.stringMatching(/^(?:ERR_SQLITE_ERROR|SQLITE_BUSY)$/),
+        })
+        harness.other.exec('commit')
+        await newContext(() => harness.insert(main.db, 2))
+        expect(await harness.witness()).toEqual([2])
+        expect(harness.engines()).toHaveLength(1)
+        await main.shutdown()
+        harness.other.exec('pragma journal_mode = wal')
+      })
+
+      it('A5 runs a block again that met a lock', async () => {
+        const main = harness.define({ acquireTimeout: 1 })
+        harness.other.exec('begin immediate')
+        let attempts = 0
+        const block = async () => {
+          if (++attempts === 2) harness.other.exec('rollback')
+          await harness.insert(main.db, 1)
+        }
+        await newContext(() => main.atomic(block, { retry: { attempts: 3 } }))
+        expect(attempts).toBe(2)
+        expect(await harness.witness()).toEqual([1])
+        await main.shutdown()
+      })
+
+      it('S4 detects that a statement rolled the transaction back', async () => {
+        const main = harness.define()
+        await newContext(() => harness.insert(main.db, 1))
+        const work = newContext(async () => {
+          await harness.insert(main.db, 2)
+          const conflict = sql`insert or rollback into items (id) values (1)`.execute(main.db)
+          await expect(conflict).rejects.toThrow(/UNIQUE/)
+          await expect(harness.insert(main.db, 3)).rejects.toMatchObject({ code: 'AMBIENT_TRANSACTION_ABORTED' })
+        })
+        await expect(work).rejects.toMatchObject({
+          code: 'AMBIENT_TRANSACTION_ABORTED',
+          outcome: 'rolled-back',
+          cause: { message: expect.stringMatching(/UNIQUE/) },
+        })
+        expect(await harness.witness()).toEqual([1])
+        await newContext(() => harness.insert(main.db, 4))
+        expect(await harness.witness()).toEqual([1, 4])
+        await main.shutdown()
+      })
+
+      it('S13 never closes the connection, whatever failed on it', async () => {
+        const main = harness.define()
+        const work = newContext(async () => {
+          await harness.insert(main.db, 1)
+          await harness.fail(main.db).catch(() => {})
+          throw planned
+        })
+        await expect(work).rejects.toBe(planned)
+        await main.newSession((session) => harness.insert(session.db, 2), { hold: true })
+        await newContext(() => harness.insert(main.db, 3))
+        expect(harness.engines().map(({ open }) => open)).toEqual([1])
+        expect(await harness.witness()).toEqual([2, 3])
+        await main.shutdown()
+      })
+
+      it('S9 ends the iterator of a stream that was left, so that COMMIT and DDL go on', async () => {
+        const main = harness.define()
+        await newContext(async () => {
+          for (const id of [1, 2, 3]) await harness.insert(main.db, id)
+          for await (const { id } of main.db.selectFrom('items').select('id').orderBy('id').stream())
+            if (id === 2) break
+          await sql`create table if not exists later (id integer)`.execute(main.db)
+          await sql`drop table later`.execute(main.db)
+        })
+        expect(await harness.witness()).toEqual([1, 2, 3])
+        await main.shutdown()
+      })
+
+      it('gives a plain Kysely by connect(), which waits for the session that holds the connection', async () => {
+        const main = harness.define()
+        const plain = (await main.connect()) as Kysely<Tables>
+        const seen: number[] = []
+        const inside = newContext(async () => {
+          await harness.insert(main.db, 1)
+          const reading = harness.ids(plain).then((ids) => seen.push(...ids))
+          await nextTurn()
+          expect(seen).toEqual([])
+          return { reading }
+        })
+        await (await inside).reading
+        expect(seen).toEqual([1])
+        await main.shutdown()
+      })
+    })
   })
 }
