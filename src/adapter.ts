@@ -146,6 +146,8 @@ export interface Statements<Connection> {
 /** A stream that occupies its session. */
 export interface OpenStream<Connection> {
   readonly connection: Connection
+  /** Rejects if the connection is lost and that is noticed: what the stream waits for may never come. */
+  readonly lost: Promise<never>
   /** It is being closed: from now on others wait for its end rather than being refused. */
   closing(): void
   /** Frees the session for the next statement; harmless when called again. `error` is what the stream failed with. */

@@ -13,6 +13,8 @@ export class Lease<Connection> {
   readonly connection: Connection
   /** What the connection was lost with. */
   lost: Error | undefined
+  /** Hears of the loss. */
+  onLost: ((error: Error) => void) | undefined
   readonly #engine: unknown
   readonly #onRelease: () => void
   #released = false
@@ -36,6 +38,13 @@ export class Lease<Connection> {
     }
   }
 
+  /** The connection is of no use any more; the first error says why. */
+  lose(error: Error): void {
+    if (this.lost) return
+    this.lost = error
+    this.onLost?.(error)
+  }
+
   /** Ends the statement that runs: cancels it on the server, else destroys the connection. Resolves when `wire` has settled. */
   async interrupt(wire: Promise<unknown>): Promise<void> {
     const settled = wire.catch(() => {})
@@ -47,7 +56,7 @@ export class Lease<Connection> {
       }
       if (await bounded(ended(), cancelGrace, () => undefined).catch(() => false)) return
     }
-    this.lost ??= new Error('The connection was destroyed, because its statement could not be cancelled.')
+    this.lose(new Error('The connection was destroyed, because its statement could not be cancelled.'))
     await this.release(this.lost)
   }
 }
@@ -236,7 +245,7 @@ export class Engines<Connection> {
       let lost: Error | undefined
       const onLost = (error: Error) => {
         lost ??= error
-        if (lease) lease.lost ??= error
+        lease?.lose(error)
       }
       const acquiring = detach(() => slot.adapter.acquire(engine, onLost))
       const left = Math.max(0, deadline - performance.now())

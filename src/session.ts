@@ -214,10 +214,10 @@ export class Session<Connection>
           end(failure)
         }
         const level = block?.level ?? this.transaction.root
-        const { connection, settle } = await this.transaction.openStream(level, ended)
+        const { connection, lost, settle } = await this.transaction.openStream(level, ended)
         this.#destroyStream = destroy
         if (this.#streamEnd) destroy(this.#streamEnd)
-        resolve({ connection, closing, close })
+        resolve({ connection, lost, closing, close })
         const startedAt = performance.now()
         const failure = await ended
         this.#publish('statement', { duration: performance.now() - startedAt, error: failure })

@@ -174,7 +174,7 @@ export class Transaction<Connection> {
   async openStream(
     level: Level,
     ended: Promise<unknown>,
-  ): Promise<{ connection: Connection; settle(failure: unknown): Promise<void> }> {
+  ): Promise<{ connection: Connection; lost: Promise<never>; settle(failure: unknown): Promise<void> }> {
     this.assertUsable(level)
     const alone = this.autocommit && !this.opened
     if (!alone && !level.opened) await this.open(level)
@@ -182,8 +182,14 @@ export class Transaction<Connection> {
     const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
     this.#stream = ended
     this.#lease = lease
+    const lost = new Promise<never>((_, reject) => {
+      if (lease.lost) reject(lease.lost)
+      else lease.onLost = reject
+    })
+    lost.catch(() => {}) // whoever waits for the stream races with it
     const settle = async (failure: unknown) => {
       this.#stream = undefined
+      lease.onLost = undefined
       this.#lastActivity = performance.now()
       if (alone) {
         this.#lease = undefined
@@ -193,7 +199,7 @@ export class Transaction<Connection> {
         await this.#statementFailed(level, lease, failure)
       }
     }
-    return { connection: lease.connection, settle }
+    return { connection: lease.connection, lost, settle }
   }
 
   /** Makes sure that `level` is open on the server. */

@@ -46,7 +46,8 @@ type DialectOverPool = (pool: any) => Dialect
  *
  * Over a driver (`pgAdapter`), whatever else is built on its pool shares the session and the transaction. Over a bare dialect
  * the pool is hidden: no error listener can be attached to its connections, so a connection that is cut while nothing runs on
- * it may be an uncaught exception; statements cannot be cancelled. There `connect()` gives a plain Kysely.
+ * it may be an uncaught exception, and a stream that runs on it then waits for ever unless its context has a `timeout`;
+ * statements cannot be cancelled. There `connect()` gives a plain Kysely.
  *
  * @param driver a driver adapter, or a function that makes the dialect and gets the host if one is configured.
  * @param dialect makes the dialect over the pool of the driver.
@@ -524,17 +525,17 @@ class AmbientConnection<Connection> implements DatabaseConnection {
 
 /** Lets promises settle as they do, unless `lost` rejects first. Unlike `Promise.race` it leaves nothing behind on `lost`. */
 function racing(lost: Promise<never>): <Value>(promise: Promise<Value>) => Promise<Value> {
+  const waiting = new Set<(error: unknown) => void>()
   let error: unknown
-  let refuse = (_: unknown) => {}
   lost.catch((reason) => {
     error = reason
-    refuse(reason)
+    for (const reject of waiting) reject(reason)
   })
   return (promise) =>
     new Promise((resolve, reject) => {
-      refuse = reject
-      promise.then(resolve, reject)
       if (error) reject(error)
+      waiting.add(reject)
+      promise.then(resolve, reject).finally(() => waiting.delete(reject))
     })
 }
 
