@@ -15,6 +15,8 @@ export interface Library<Handle = unknown, Engine = unknown, Connection = unknow
   readonly limits: {
     /** A connection that is cut may be an uncaught exception, because the pool is out of reach. */
     readonly uncaught?: true
+    /** A stream whose connection is cut waits for ever: Kysely waits for the answer to the close of its cursor. */
+    readonly streams?: true
   }
   adapter(pool: () => Pool): Adapter<Handle, Engine, Connection>
   execute(db: Handle, sql: string, parameters: unknown[]): Promise<unknown>
@@ -69,7 +71,7 @@ const kyselyOverPg: Library<Kysely<Tables>> = {
 
 const kyselyBare: Library<Kysely<Tables>> = {
   name: 'kysely-bare',
-  limits: { uncaught: true },
+  limits: { uncaught: true, streams: true },
   adapter: (pool) => kyselyAdapter<Tables>(() => dialect(pool())),
   ...kyselyHandles,
 }

@@ -8,6 +8,8 @@ import { control, type Mutant, mutants } from './mutants.ts'
 import type { Violation } from './stage.ts'
 import { units } from './units.ts'
 
+type Counts = Partial<Record<Violation['kind'], number>>
+
 /** What came of the cases of one library. */
 export interface Row {
   readonly library: string
@@ -16,9 +18,9 @@ export interface Row {
   readonly cases: number
   /** Cases in which an error said, and had to say, that the outcome is unknown. */
   readonly unknowns: number
-  /** Uncaught exceptions that the documentation of the adapter declares. */
-  readonly declared: number
-  readonly violations: Partial<Record<Violation['kind'], number>>
+  readonly violations: Counts
+  /** Those that the documentation of the adapter declares. */
+  readonly declared: Counts
   readonly seconds: number
 }
 
@@ -89,21 +91,27 @@ async function runLibrary(lab: Lab, library: Library, failures: Report['failures
     return cuts.filter((_, each) => each % every === index % every).map((cut) => ({ library, unit, cut }))
   })
   const results = [...uncut, ...(await runCases(lab, cases))]
-  const violations: Row['violations'] = {}
-  for (const result of results) {
-    for (const { kind } of result.violations) violations[kind] = (violations[kind] ?? 0) + 1
-    if (result.violations.length > 0) failures.push(result)
-  }
+  for (const { violations, id, summary } of results)
+    if (violations.length > 0) failures.push({ id, violations, summary })
   return {
     library: library.name,
     units: chosen.length,
     boundaries: uncut.reduce((sum, { boundaries }) => sum + boundaries.length, 0),
     cases: results.length,
     unknowns: results.filter(({ unknowns }) => unknowns > 0).length,
-    declared: library.limits.uncaught ? results.reduce((sum, { uncaught }) => sum + uncaught.length, 0) : 0,
-    violations,
+    violations: count(results.map(({ violations }) => violations)),
+    declared: count(results.map(({ declared }) => declared)),
     seconds: Math.round((performance.now() - startedAt) / 1000),
   }
+}
+
+/** In how many cases there was each kind. */
+function count(cases: readonly (readonly Violation[])[]): Counts {
+  const counts: Counts = {}
+  for (const found of cases) {
+    for (const kind of new Set(found.map((each) => each.kind))) counts[kind] = (counts[kind] ?? 0) + 1
+  }
+  return counts
 }
 
 /** The faults are put in at the driver, so they are run where the engine is its pool. */
@@ -158,7 +166,7 @@ async function runAlone(lab: Lab, id: string): Promise<void> {
   const result = subject ? await lab.run(subject) : uncut
   console.log(result.summary)
   for (const { kind, text } of result.violations) console.log(`${kind}: ${text}`)
-  if (result.uncaught.length > 0) console.log(`uncaught: ${result.uncaught.join('; ')}`)
+  for (const { kind, text } of result.declared) console.log(`declared: ${kind}: ${text}`)
   if (result.violations.length > 0) process.exitCode = 1
 }
 
@@ -179,15 +187,18 @@ function printReport({ rows, mutants, failures }: Report): void {
 }
 
 function cellsOf({ library, units, boundaries, cases, unknowns, declared, violations, seconds }: Row) {
-  const count = (kind: Violation['kind']) => violations[kind] ?? 0
+  const cell = (...kinds: Violation['kind'][]) => {
+    const sum = (counts: Counts) => kinds.reduce((total, kind) => total + (counts[kind] ?? 0), 0)
+    return sum(declared) > 0 ? `${sum(violations)} (${sum(declared)} declared)` : sum(violations)
+  }
   return {
-    ...{ library, units, boundaries, cases, 'wrong outcomes': count('wrong outcome'), unknowns },
-    'not justified': count('unjustified unknown') + count('missed unknown'),
-    uncaught: declared > 0 ? `${count('uncaught')} (${declared} declared)` : count('uncaught'),
-    'lost slots': count('lost slot'),
-    'left open': count('open transaction') + count('leaked socket'),
-    hangs: count('hang'),
-    'never reached': count('unreached'),
+    ...{ library, units, boundaries, cases, 'wrong outcomes': cell('wrong outcome'), unknowns },
+    'not justified': cell('unjustified unknown', 'missed unknown'),
+    uncaught: cell('uncaught'),
+    'lost slots': cell('lost slot'),
+    'left open': cell('open transaction', 'leaked socket'),
+    hangs: cell('hang'),
+    'never reached': cell('unreached'),
     seconds,
   }
 }

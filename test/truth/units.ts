@@ -7,6 +7,7 @@ import type { Stage } from './stage.ts'
 export interface Unit {
   readonly name: string
   readonly pool?: PoolConfig & { pipeline?: boolean }
+  readonly streams?: true
   run(stage: Stage): Promise<unknown>
 }
 
@@ -324,6 +325,7 @@ export const units: readonly Unit[] = [
   },
   {
     name: 'stream',
+    streams: true,
     run: (stage) =>
       stage.unit(['a', 'b'], async () => {
         await stage.write('a')
@@ -333,12 +335,26 @@ export const units: readonly Unit[] = [
   },
   {
     name: 'stream left early',
+    streams: true,
     run: (stage) =>
       stage.unit(['a', 'b'], async () => {
         await stage.write('a')
         for await (const _ of stage.stream()) break
         await stage.write('b')
       }),
+  },
+  {
+    name: 'stream with a time limit',
+    run: (stage) =>
+      stage.unit(
+        ['a', 'b'],
+        async () => {
+          await stage.write('a')
+          for await (const _ of stage.stream());
+          await stage.write('b')
+        },
+        { timeout: 1500 },
+      ),
   },
   {
     name: 'aborted by its signal',
