@@ -97,6 +97,9 @@ export interface Adapter<Handle, Engine, Connection> {
    */
   transactionStatus?(connection: Connection): 'open' | 'aborted' | 'none' | undefined
 
+  /** Resolves when `transactionStatus` is true again after an error, where the error arrives before the status it leaves behind. */
+  afterError?(connection: Connection): Promise<void>
+
   /**
    * Asks the engine itself whether the transaction is still open, after a failed statement. Needed where a failed statement
    * does not abort the transaction, but some end it (SQLite), and `transactionStatus` cannot tell.

@@ -320,6 +320,7 @@ export class Transaction<Connection> {
       return await this.#onWire(statement(lease.connection))
     } catch (error) {
       if (lease.adapter.traits(error).reply === 'unanswered') broken = asError(error)
+      else await lease.adapter.afterError?.(lease.connection)
       throw error
     } finally {
       this.#lease = undefined
@@ -350,7 +351,10 @@ export class Transaction<Connection> {
       this.root.failure ??= { what: 'A statement got no answer.', cause: error }
       if (lease.capabilities.cancelling) await lease.interrupt(Promise.resolve()) // it may still run, and hold its locks
     } else if (reply === 'answered') {
-      if (lease.capabilities.failedStatementAborts) {
+      await lease.adapter.afterError?.(lease.connection)
+      if (lease.adapter.transactionStatus?.(lease.connection) === 'none' && lease.capabilities.failedStatementAborts) {
+        this.root.failure ??= { what: endedWhat, cause: error, outcome: 'unknown' }
+      } else if (lease.capabilities.failedStatementAborts) {
         level.failure ??= { what: 'A statement failed.', cause: error, outcome: 'rolled-back' }
       } else if ((await stateAfterFailure(lease)) === 'none') {
         this.root.failure ??= { what: 'The engine rolled the transaction back.', cause: error, outcome: 'rolled-back' }

@@ -65,6 +65,7 @@ export function pgAdapter<Engine extends Pool>(
     },
     release(_pool, client, broken) {
       client.release(broken)
+      if (broken && client.pipeline) socketOf(client).destroy() // pg itself waits for all answers of a pipeline, perhaps for ever
       const onLost = lossListeners.get(client)
       if (onLost) client.off('error', onLost)
       lossListeners.delete(client) // an idle client pins no session
@@ -82,6 +83,7 @@ export function pgAdapter<Engine extends Pool>(
       const status = client.getTransactionStatus()
       return status === 'T' ? 'open' : status === 'E' ? 'aborted' : status === 'I' ? 'none' : undefined
     },
+    afterError: (client) => ready(client),
     mayPipelineBegin: (client) => client.pipeline === true,
     cancel: (_pool, client) => requestCancel(client),
     traits: postgresErrorTraits,
@@ -91,6 +93,24 @@ export function pgAdapter<Engine extends Pool>(
       return pool
     },
   }
+}
+
+/** The socket of a client; pg-pool destroys it in the same way. */
+function socketOf(client: PoolClient): { destroy(): void } {
+  return (client as PoolClient & { connection: { stream: { destroy(): void } } }).connection.stream // not in the types of pg
+}
+
+/** An error arrives before the ReadyForQuery behind it, which tells the status of the transaction. */
+function ready(client: PoolClient): Promise<void> {
+  const { readyForQuery } = client as PoolClient & { readyForQuery?: boolean } // not in the types of pg
+  if (readyForQuery !== false) return Promise.resolve()
+  return new Promise((resolve) => {
+    const done = () => {
+      client.off('drain', done).off('end', done)
+      resolve()
+    }
+    client.on('drain', done).on('end', done)
+  })
 }
 
 /** The protocol's cancel request: a connection of its own, which the server closes once the signal was sent. */
