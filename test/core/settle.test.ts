@@ -261,6 +261,30 @@ describe('the end of work that throws', () => {
     expect(await checkedOut(main)).toBe(0)
   })
 
+  it('C4 fences sessions that have nothing under way as well', async () => {
+    const one = define({ name: 'one' })
+    const two = define({ name: 'two' })
+    const wall = await databaseGate(database.url)
+    const failed = gate()
+    let late: Promise<unknown> = Promise.resolve()
+    const ending = newContext(async () => {
+      await insert(one, 1)
+      two.db.query(wall.sql).catch(() => {})
+      late = failed.passed.then(() => insert(one, 2))
+      late.catch(() => {})
+      await until(async () => (await backendOf('two'))?.waitsFor === 'Lock')
+      throw failure
+    })
+    ending.catch(() => {})
+    await until(async () => (await backendOf('one'))?.query === 'ROLLBACK')
+    failed.open() // `one` is rolled back, `two` keeps the context from its end
+    await expect(late).rejects.toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED', database: 'one' })
+    expect((await backendOf('one'))?.query).toBe('ROLLBACK')
+    await wall.open()
+    await expect(ending).rejects.toBe(failure)
+    expect(await ids()).toEqual([])
+  })
+
   it('C4 lets a block that is under way go no further', async () => {
     const main = define()
     const inside = gate()
