@@ -446,6 +446,24 @@ describe('several handles over one driver', () => {
   })
 })
 
+describe('the adapter over a dialect', () => {
+  it('S4 tells a COMMIT that was answered with ROLLBACK from one that committed', async () => {
+    const own = new Pool({ connectionString: database.url })
+    const adapter = kyselyAdapter<Tables>(() => new PostgresDialect({ pool: own }))
+    const engine = await adapter.createEngine(undefined)
+    const connection = await adapter.acquire(engine, () => {})
+    await adapter.begin(connection, { isolationLevel: 'repeatable read', readOnly: true })
+    expect(await adapter.commit(connection)).toBe('committed')
+    await adapter.begin(connection, {})
+    const failing = connection.executeQuery(CompiledQuery.raw('select * from missing'))
+    await expect(failing).rejects.toMatchObject({ code: '42P01' })
+    expect(await adapter.commit(connection)).toBe('rolled-back')
+    await adapter.release(engine, connection, planned)
+    await until(() => own.totalCount === 0, 'the connection to be discarded')
+    await adapter.closeEngine(engine)
+  })
+})
+
 describe('dialects per host', () => {
   it('D1 makes one dialect for each host, for compiling and for sessions', async () => {
     const made: string[] = []

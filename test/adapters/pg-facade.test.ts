@@ -93,6 +93,26 @@ describe('the pool', () => {
   })
 })
 
+describe('the adapter', () => {
+  it('S4 tells a COMMIT that was answered with ROLLBACK from one that committed', async () => {
+    const own = new Pool({ connectionString: database.url })
+    const adapter = pgAdapter(() => own)
+    const engine = await adapter.createEngine(undefined)
+    const connection = await adapter.acquire(engine, () => {})
+    await adapter.begin(connection, { isolationLevel: 'serializable', readOnly: true, deferrable: true })
+    const { rows } = await connection.query(`select current_setting('transaction_isolation') as level,
+      current_setting('transaction_read_only') as read_only, current_setting('transaction_deferrable') as deferrable`)
+    expect(rows).toEqual([{ level: 'serializable', read_only: 'on', deferrable: 'on' }])
+    expect(await adapter.commit(connection)).toBe('committed')
+    await adapter.begin(connection, {})
+    await expect(connection.query('select * from missing')).rejects.toMatchObject({ code: '42P01' })
+    expect(await adapter.commit(connection)).toBe('rolled-back')
+    expect(adapter.transactionStatus?.(connection)).toBe('none')
+    await adapter.release(engine, connection)
+    await adapter.closeEngine(engine)
+  })
+})
+
 describe('queries', () => {
   it('take every form that pg takes', async () => {
     await newContext(async () => {
