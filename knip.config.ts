@@ -10,6 +10,7 @@ const config: KnipConfig = {
     'test/docs/fixtures/*.ts',
     'examples/**/*.ts',
     'bench/run.ts',
+    'test/truth/run.ts',
     'scripts/test.ts',
     'scripts/test-node.ts',
     'scripts/vitest-reporter.ts',
