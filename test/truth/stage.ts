@@ -42,8 +42,8 @@ export interface Violation {
 type Labels = readonly string[] | Partial<Record<DatabaseName, readonly string[]>>
 
 /** Short, so that a stall can be longer, and also shorter. */
-export const timeouts = { acquireTimeout: 500, settleTimeout: 300, blockTimeout: 2000 }
-export const poolSize = 2
+const timeouts = { acquireTimeout: 500, settleTimeout: 300, blockTimeout: 2000 }
+const poolSize = 2
 
 const insert = 'insert into markers (run, label) values ($1, $2)'
 
