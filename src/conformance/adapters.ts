@@ -1279,6 +1279,20 @@ const blocks: AdapterCase[] = [
     })
     await t.committed(1, 2, 4)
   }),
+  rule('A6 refuses what a block that had joined starts after its end', async (t) => {
+    const ended = latch()
+    let late = Promise.resolve()
+    await newContext(async () => {
+      await t.insert(1)
+      const block = async () => {
+        late = noted(ended.passed.then(() => t.insert(2)))
+      }
+      await t.main.atomic(block, { current: 'join' })
+      ended.open()
+      await refusal('AMBIENT_BLOCK_ENDED', late)
+    })
+    await t.committed(1)
+  }),
   rule('A6 refuses a sibling in a block that was rolled back', async (t) => {
     const sibling = latch()
     let late: Promise<unknown> = Promise.resolve()
@@ -1414,6 +1428,20 @@ const natives: AdapterCase[] = [
     operation('transaction'),
     savepoints,
     capability('failedStatementAborts'),
+  ),
+  rule(
+    'A4 A6 joins what a native transaction started',
+    async (t) => {
+      await newContext(async () => {
+        await native(t, async () => {
+          void t.insert(1).then(() => t.insert(2))
+        })
+        await t.insert(3)
+      })
+      await t.committed(1, 2, 3)
+    },
+    operation('transaction'),
+    savepoints,
   ),
   rule(
     'A4 A6 refuses what a native transaction starts after its end',
