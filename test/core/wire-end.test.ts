@@ -98,6 +98,24 @@ describe('S4', () => {
     expect(await wire.ids()).toEqual([])
   })
 
+  it('S4 rejects when the server answered COMMIT with ROLLBACK', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const text = Buffer.from('ROLLBACK\0')
+    wire.proxy.at('> Q COMMIT', () => Buffer.concat([Buffer.from([0x51, 0, 0, 0, text.length + 4]), text]))
+    const hooks: string[] = []
+    const error = await failure(
+      newContext(async () => {
+        main.afterCommit(() => hooks.push('commit'))
+        main.afterRollback(() => hooks.push('rollback'))
+        await main.db.query('insert into t values (1)')
+      }),
+    )
+    expect(error).toMatchObject({ code: 'AMBIENT_TRANSACTION_ABORTED', outcome: 'rolled-back' })
+    expect(hooks).toEqual(['rollback'])
+    expect(await wire.ids()).toEqual([])
+    await expectFullPool(await main.connect(), 1)
+  })
+
   it('S4 loses no pool slot when the connection is lost between two COMMITs', async () => {
     const [one, two] = [wire.define({ name: 'one' }), wire.define({ name: 'two', pool: { max: 1 } })]
     const hold = gate()
