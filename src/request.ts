@@ -1,13 +1,6 @@
+import type { EventEmitter } from 'node:events'
 import type { TransactionOptions } from './adapter.ts'
-import {
-  bindEmitter,
-  Context,
-  currentContext,
-  currentScope,
-  detach,
-  type InternalContextOptions,
-  type Scope,
-} from './context.ts'
+import { Context, currentContext, detach, type InternalContextOptions, type Scope } from './context.ts'
 import type { NodeRequest, NodeResponse } from './response.ts'
 import { guardOf, ResponseGuard } from './response-guard.ts'
 
@@ -39,15 +32,12 @@ export function serveRequest<Request extends object, Result>(
   proceed: () => Result,
 ): Result {
   if (guardOf(response)) return proceed()
-  // http, http2 and what stands in for them in tests have these members in common; their overloads differ.
-  const emitter = request as unknown as NodeRequest & Parameters<typeof bindEmitter>[0]
   const current = currentContext()
-  if (current?.options.adoptable && current.state === 'open') {
-    bindEmitter(emitter, currentScope())
-    return proceed()
-  }
+  if (current?.options.adoptable && current.state === 'open') return proceed()
   if (options.skip?.(request)) return detach(proceed)
   const context = new Context(contextOptions(request, options), outermost)
+  // http, http2 and what stands in for them in tests have these members in common; their overloads differ.
+  const emitter = request as unknown as NodeRequest & EventEmitter
   new ResponseGuard(context, emitter, response as NodeResponse, {
     outcome: (status) => outcomeOf(status, request, options),
     onFailure,

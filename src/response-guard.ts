@@ -53,7 +53,6 @@ export class ResponseGuard implements Interceptor {
   /** What stood on the response when the request came in: all of it stands there again if the answer fails. */
   readonly #methods: Methods
   readonly #headers: Headers
-  readonly #status: number
   readonly #statusMessage: string | undefined
   readonly #emitRequest: Method
   #sealed = false
@@ -62,8 +61,8 @@ export class ResponseGuard implements Interceptor {
   #head: number | undefined
   #ended = false
   #held: [Intercepted, unknown[]][] = []
-  /** A writer was told to wait for `drain`. */
-  #owesDrain = false
+  /** How many listeners for `drain` there were when the request came in. */
+  readonly #drainCount: number
   #drainListeners: Method[] | undefined
   #sources: Source[] = []
   /** What the handler threw while its answer was held. */
@@ -78,9 +77,9 @@ export class ResponseGuard implements Interceptor {
     this.#answering = answering
     this.#methods = methodsOf(response)
     this.#headers = headersOf(response)
-    this.#status = response.statusCode
     this.#statusMessage = request.httpVersionMajor === 2 ? undefined : response.statusMessage // http2 has none, and warns
     this.#emitRequest = request.emit
+    this.#drainCount = response.listenerCount('drain')
     interceptSenders(response, this)
     // Whoever replaced `on` (compression) keeps listeners for `drain` where an event of ours would not reach them.
     if (this.#methods.on !== Object.getPrototypeOf(response).on) {
@@ -120,10 +119,8 @@ export class ResponseGuard implements Interceptor {
       case 'addTrailers':
         this.#held.push([name, args])
         return undefined
-      case 'destroy': // `pipeline` does it when its source fails, as one does that ends with the context
-        if (this.#state === 'open') return this.#pass(name, args)
-        this.#held.push([name, args])
-        return this.#response
+      case 'destroy':
+        return this.#pass(name, args)
       default:
         if (this.#begun) throw headersSentError()
         return this.#pass(name, args)
@@ -131,8 +128,11 @@ export class ResponseGuard implements Interceptor {
   }
 
   on(args: unknown[]): unknown {
-    if (args[0] === 'drain') this.#drainListeners?.push(args[1] as Method)
-    return this.#pass('on', args)
+    const [event, listener] = args
+    if (event !== 'drain' || typeof listener !== 'function') return this.#pass('on', args)
+    const unlessFailed = Object.assign(() => this.#failure ?? listener.call(this.#response), { listener })
+    this.#drainListeners?.push(unlessFailed)
+    return this.#pass('on', ['drain', unlessFailed])
   }
 
   emit(args: unknown[]): unknown {
@@ -180,7 +180,6 @@ export class ResponseGuard implements Interceptor {
     }
     this.#begun = true
     this.#held.push([name, args])
-    if (name === 'write') this.#owesDrain = true
     return false
   }
 
@@ -217,22 +216,26 @@ export class ResponseGuard implements Interceptor {
     this.#sealed = true
   }
 
-  #release(): void {
+  /** Lets everything out that was held; true if a writer waits for a `drain` that Node will not emit. */
+  #release(): boolean {
+    let drain = false
     this.#state = 'passing'
     for (const [name, args] of this.#held.splice(0)) {
       const result = this.#pass(name, args)
-      if (name === 'write') this.#owesDrain = result !== false // otherwise Node emits it
+      if (name === 'write') drain = result !== false
     }
+    return drain && !this.#ended
   }
 
   #released(): void {
+    let drain: boolean
     try {
-      this.#release()
+      drain = this.#release()
     } catch (error) {
       this.#fail(error) // settled, but Node cannot send this answer
       return
     }
-    if (this.#owesDrain && !this.#ended) this.#drain()
+    if (drain) this.#drain()
     if (this.#thrown) this.#report(this.#thrown.error)
   }
 
@@ -270,9 +273,12 @@ export class ResponseGuard implements Interceptor {
     response.emit = this.#methods.emit
     this.#request.emit = this.#emitRequest
     for (const [name, args] of this.#held.splice(0)) this.#ignore(name, args)
-    this.#begun = this.#ended = this.#owesDrain = false
+    this.#begun = this.#ended = false
     this.#head = undefined
     if (!this.#native('headersSent')) this.#restoreHead()
+    // The drain of the other answer must not wake the writers of this one.
+    for (const listener of response.rawListeners('drain').slice(this.#drainCount))
+      response.removeListener('drain', listener)
     this.#context.run(() => this.#endSources())
   }
 
@@ -283,7 +289,7 @@ export class ResponseGuard implements Interceptor {
     for (const name in this.#headers) {
       if (headers[name] !== this.#headers[name]) this.#pass('setHeader', [name, this.#headers[name]])
     }
-    response.statusCode = this.#status
+    response.statusCode = 500 // an error handler that says nothing else must not say 200
     response.sendDate = true
     if (this.#request.httpVersionMajor !== 2) response.statusMessage = this.#statusMessage
   }

@@ -22,6 +22,9 @@ export interface NodeResponse extends Methods {
   readonly headersSent: boolean
   readonly writableEnded: boolean
   getHeaders(): Headers
+  listenerCount(event: string): number
+  rawListeners(event: string): unknown[]
+  removeListener(event: string, listener: unknown): unknown
   [key]?: Interceptor
 }
 

@@ -276,6 +276,26 @@ export const frameworkSuite: readonly FrameworkCase[] = [
     await lock.release()
   }),
 
+  define('H4 cancels what its answer waits for when the client goes', async (suite) => {
+    const lock = await suite.lock()
+    const port = await suite.start({
+      routes: {
+        '/': async () => {
+          await suite.insert('a')
+          void suite.query('select pg_advisory_xact_lock($1)', [lock.key]).catch(() => {})
+          return { body: 'joins the statement' }
+        },
+      },
+    })
+    const client = await suite.open(port)
+    client.send({ path: '/' })
+    await suite.until('the statement', async () => (await suite.waitingBackends()).length === 1)
+    client.destroy()
+    await suite.until('its end', async () => (await suite.openTransactions()) === 0)
+    await lock.release()
+    assert.deepEqual([await suite.rows(), suite.errors], [[], []])
+  }),
+
   define('H4 rolls back when a handler never answers and the client goes', async (suite) => {
     const entered = gate()
     const port = await suite.start({
@@ -541,8 +561,15 @@ export const frameworkSuite: readonly FrameworkCase[] = [
   define('C3 opens a context of its own in a server that began to listen inside one', async (suite) => {
     await newContext(async () => {
       await suite.insert('outer')
-      const port = await suite.start({ routes: { '/': async () => ({ body: await suite.insert('inner') }) } })
+      const port = await suite.start({
+        options: { skip: ({ url }) => url === '/skipped' },
+        routes: {
+          '/': async () => ({ body: await suite.insert('inner') }),
+          '/skipped': () => ({ body: String(hasContext()) }),
+        },
+      })
       await suite.ask(port, { path: '/' })
+      assert.equal((await suite.ask(port, { path: '/skipped' })).body, 'false')
       assert.deepEqual(await suite.rows(), ['inner'])
     })
     assert.deepEqual(await suite.rows(), ['inner', 'outer'])
@@ -793,6 +820,7 @@ export const frameworkSuite: readonly FrameworkCase[] = [
           await suite.main.ambient.atomic(async () => {
             await suite.insert('a')
             node?.response.end('good')
+            assert.deepEqual([node?.response.headersSent, node?.response.writableEnded], [true, true])
             ended.open()
             await goOn.opened
             await suite.insert('b')
@@ -829,7 +857,9 @@ export const frameworkSuite: readonly FrameworkCase[] = [
             await attempt(() => node?.response.write('early'))
             await attempt(() => node?.response.flushHeaders())
           })
-          await suite.main.ambient.newSession(() => attempt(() => node?.response.write('good')))
+          await suite.main.ambient.newSession((session) =>
+            session.savepoint(() => attempt(() => node?.response.write('good'))),
+          )
           node?.response.end()
           return undefined
         },

@@ -3,6 +3,7 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Readable } from 'node:stream'
+import { pipeline } from 'node:stream/promises'
 import { setImmediate as nextTurn } from 'node:timers/promises'
 import { gunzipSync } from 'node:zlib'
 import { defineDatabase, isAmbientError, newContext } from 'ambient-db'
@@ -147,14 +148,23 @@ describe.each([
         response.type('text')
         Readable.from(['first', 'answer']).pipe(response)
       })
-      const errors = answerErrors(app)
+      app.get('/writes', async (_request, response) => {
+        await doom()
+        const write = () => void response.type('text').write('first')
+        response.on('drain', write)
+        write()
+      })
+      app.use((error: Error, _request: Request, response: Response, _next: NextFunction) => {
+        response.status(500).type('text')
+        Readable.from(Array<string>(300).fill(error.message.padEnd(10_000))).pipe(response)
+      })
       const port = await start(app)
-      for (const path of ['/json', '/stream']) {
+      for (const path of ['/json', '/stream', '/writes']) {
         const answer = await ask(port, { path, headers: gzip })
         expect(answer.status).toBe(500)
-        expect(JSON.parse(decoded(answer)).error).toMatch(/foreign key/)
+        expect(decoded(answer)).toMatch(/^insert or update .* foreign key/)
+        expect(decoded(answer)).toHaveLength(3_000_000)
       }
-      expect(errors).toHaveLength(2)
     })
   })
 
@@ -217,19 +227,20 @@ describe.each([
   it('H1 keeps the headers that were set before the context, and drops those from behind it', async () => {
     const app = framework()
     app.use((_request, response, next) => {
-      response.set({ 'Access-Control-Allow-Origin': '*', Vary: 'Origin' }).cookie('outer', '1')
+      response.set({ 'Access-Control-Allow-Origin': '*', Vary: 'Origin' }).cookie('outer', '1').cookie('outer2', '2')
       next()
     })
     app.use(databaseContext())
     app.get('/', async (_request, response) => {
       await doom()
-      response.vary('Accept').cookie('inner', '2').set('X-Inner', 'yes').status(201).send('good')
+      response.appendHeader('Set-Cookie', 'inner=3') // adds to the array that stands there
+      response.vary('Accept').cookie('inner2', '4').set('X-Inner', 'yes').status(201).send('good')
     })
     answerErrors(app)
     const { status, headers } = await ask(await start(app), { path: '/' })
     expect(status).toBe(500)
     expect(headers).toMatchObject({ 'access-control-allow-origin': ['*'], vary: ['Origin'] })
-    expect(headers['set-cookie']).toEqual(['outer=1; Path=/'])
+    expect(headers['set-cookie']).toEqual(['outer=1; Path=/', 'outer2=2; Path=/'])
     expect(headers['x-inner']).toBe(undefined)
   })
 
@@ -251,6 +262,34 @@ describe.each([
     const { status, body } = await ask(await start(app), { path: '/' })
     expect([status, body.length]).toEqual([500, 3_000_000])
     expect(await notes()).toEqual(['logged'])
+  })
+
+  it('H5 gives a cursor that is open at the head to the error handlers once, whatever the handler throws then', async () => {
+    const app = framework()
+    app.use(databaseContext())
+    app.get('/', async (_request, response, next) => {
+      const rows = await databases.main.stream('select generate_series(1, 10000) as n')
+      await pipeline(
+        rows.map((row) => JSON.stringify(row)),
+        response,
+      ).catch(next)
+    })
+    const errors = answerErrors(app)
+    const { status, body } = await ask(await start(app), { path: '/' })
+    expect([status, JSON.parse(body).error]).toEqual([500, expect.stringMatching(/stream is open/)])
+    expect(isAmbientError(errors[0], 'AMBIENT_STREAM_OPEN')).toBe(true)
+  })
+
+  it('H1 says 500 for an error handler that says nothing', async () => {
+    const app = framework()
+    app.use(databaseContext())
+    app.get('/', async (_request, response) => {
+      await doom()
+      response.status(201).send('good')
+    })
+    app.use((_error: unknown, _request: Request, response: Response, _next: NextFunction) => void response.send('bad'))
+    const { status, body } = await ask(await start(app), { path: '/' })
+    expect([status, body]).toEqual([500, 'bad'])
   })
 
   it('H1 reaches the default error handler, though the body of the request was not read', async () => {

@@ -159,6 +159,7 @@ const faults: Record<string, Fault> = {
     breaks: [
       'H4 rolls back at once when the client goes before the answer',
       'H4 cancels the statement that runs when the client goes',
+      'H4 cancels what its answer waits for when the client goes',
       'H4 rolls back when a handler never answers and the client goes',
       'H4 rolls back when the handler itself destroys the response or its socket',
     ],

@@ -13,9 +13,11 @@ import { type AddressInfo, Socket } from 'node:net'
 import { Readable, Writable } from 'node:stream'
 import { text } from 'node:stream/consumers'
 import { setImmediate as nextTurn } from 'node:timers/promises'
+import { newContext } from 'ambient-db'
 import { databaseContext, type NodeHttpOptions } from 'ambient-db/node-http'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { RawClient } from '../../src/conformance/raw-client.ts'
+import { currentScope } from '../../src/context.ts'
 import { createDatabases, type Databases, send, serve } from './support.ts'
 
 let databases: Databases
@@ -213,6 +215,127 @@ describe('node:http without error handling of its own', () => {
     const { status, headers } = await client.answer()
     expect([status, headers.trailer]).toEqual([500, undefined])
     expect(await notes()).toEqual(['a'])
+  })
+
+  it('H1 lets nothing of the head leak that is no header', async () => {
+    const client = await start(async (_request, response) => {
+      await doom()
+      response.setHeader('date', 'Thu, 01 Jan 1970 00:00:00 GMT')
+      response.statusMessage = 'Made'
+      response.end('good')
+    })
+    client.send({ path: '/' })
+    await client.arrival('\r\n')
+    expect(client.pending).toMatch(/^HTTP\/1\.1 500 Internal Server Error\r\n/)
+    const { headers } = await client.answer()
+    expect(headers.date).toEqual([expect.not.stringContaining('1970')])
+  })
+
+  it('H1 can be answered by an error handler that reads the body of the request first', async () => {
+    const onError: NodeHttpOptions<IncomingMessage, ServerResponse>['onError'] = (_error, request, response) => {
+      request.on('end', () => response.end('read')).resume()
+    }
+    const client = await start(
+      async (_request, response) => {
+        await doom()
+        response.end('good')
+      },
+      { onError },
+    )
+    client.send({ method: 'POST', path: '/', body: 'x'.repeat(100_000) })
+    const { status, body } = await client.answer()
+    expect([status, body]).toEqual([500, 'read'])
+  })
+
+  it('H1 answers a failed echo', async () => {
+    const client = await start(async (request, response) => {
+      await doom()
+      request.pipe(response)
+    })
+    client.send({ method: 'POST', path: '/', body: 'x'.repeat(100_000) })
+    const { status, body } = await client.answer()
+    expect([status, body]).toEqual([500, 'Internal Server Error'])
+  })
+
+  it('H1 leaves a source alone that was taken off the response', async () => {
+    const source = Readable.from(['never read'])
+    const client = await start(async (_request, response) => {
+      await doom()
+      source.pipe(response)
+      source.unpipe(response)
+      response.end('good')
+    })
+    client.send({ path: '/' })
+    expect((await client.answer()).status).toBe(500)
+    expect(source.destroyed).toBe(false)
+  })
+
+  it('H1 gives an answer up that Node refuses behind its head', async () => {
+    const client = await start(async (_request, response) => {
+      response.strictContentLength = true
+      await note('a')
+      response.writeHead(200, { 'content-length': 3 })
+      response.end('four')
+    })
+    client.send({ path: '/' })
+    await client.closed
+    await nextTurn()
+    expect(warnings).toMatchObject([{ message: expect.stringMatching(/content-length/) }])
+  })
+
+  it('H5 drops the write that met an open cursor, though the other answer comes later', async () => {
+    const onError: NodeHttpOptions<IncomingMessage, ServerResponse>['onError'] = async (_error, _request, response) => {
+      await nextTurn()
+      response.end('bad')
+    }
+    const client = await start(
+      async (_request, response) => {
+        await databases.main.stream('select generate_series(1, 1000)')
+        const refused = await new Promise((resolve) => response.write('first', resolve))
+        expect(refused).toMatchObject({ code: 'AMBIENT_STREAM_OPEN' })
+      },
+      { onError },
+    )
+    client.send({ path: '/' })
+    const { status, body } = await client.answer()
+    expect([status, body]).toEqual([500, 'bad'])
+  })
+
+  it('H5 asks nobody to write on who has ended', async () => {
+    let drains = 0
+    const client = await start(async (_request, response) => {
+      await note('a')
+      response.on('drain', () => drains++)
+      response.write('go')
+      response.end('od')
+    })
+    client.send({ path: '/' })
+    expect((await client.answer()).body).toBe('good')
+    expect(drains).toBe(0)
+  })
+
+  it('H6 lets events of the response run in the context', async () => {
+    const codes: unknown[] = []
+    const client = await start((_request, response) => {
+      response.on('close', () => void note('late').catch(({ code }) => codes.push(code)))
+    })
+    client.send({ path: '/' })
+    client.socket.end()
+    while (codes.length === 0) await nextTurn()
+    expect(codes).toEqual(['AMBIENT_CONTEXT_ENDED'])
+  })
+
+  it('C3 takes an inherited context for no parent', async () => {
+    const parents: unknown[] = []
+    await newContext(async () => {
+      const client = await start((_request, response) => {
+        parents.push(currentScope()?.parent)
+        response.end()
+      })
+      client.send({ path: '/' })
+      await client.answer()
+    })
+    expect(parents).toEqual([undefined])
   })
 
   it('H5 serves a response without a server, on a stream that was assigned to it', async () => {
