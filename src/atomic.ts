@@ -3,9 +3,9 @@ import type { TransactionSettings } from './adapter.ts'
 import { currentScope, runInScope, type Scope, type ScopeBlock } from './context.ts'
 import { AmbientError, stateRolledBack } from './errors.ts'
 import { Lane, type Occupant } from './lane.ts'
+import type { Level } from './level.ts'
 import type { Session } from './session.ts'
 import { bounded, sleep } from './time.ts'
-import type { Level } from './transaction.ts'
 
 /** What an atomic block does about a transaction that is already open. */
 export type CurrentTransaction = 'commit' | 'rollback' | 'append' | 'raise' | 'savepoint' | 'join'

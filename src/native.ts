@@ -3,8 +3,9 @@ import { Block } from './atomic.ts'
 import { type Context, currentScope, enclosingScopes, runInScope, type Scope } from './context.ts'
 import { AmbientError } from './errors.ts'
 import { moveHooks } from './hooks.ts'
+import { Level } from './level.ts'
 import type { Session } from './session.ts'
-import { Level, type Transaction } from './transaction.ts'
+import type { Transaction } from './transaction.ts'
 
 /** A transaction that a library's own code begins and ends: a block of the session, as a savepoint (A4). */
 export class NativeTransaction<Connection> implements NativeBlock {

@@ -2,9 +2,9 @@ import type { NativeBlock, OpenStream, Statements, TransactionOptions, Transacti
 import { type AtomicOptions, atomic, Block } from './atomic.ts'
 import { type Context, currentScope, enclosingScopes, insideHook, nextNumber, runAfterHooks } from './context.ts'
 import type { DatabaseCore } from './database.ts'
-import type { Lease } from './engine.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { type SessionEvent, sessionChannel } from './events.ts'
+import { Holder } from './holder.ts'
 import {
   type AfterHook,
   afterHook,
@@ -16,10 +16,11 @@ import {
   moveHooks,
 } from './hooks.ts'
 import { type Bound, Lane, type LaneHost, type Occupant } from './lane.ts'
+import { hasEnded, Level } from './level.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
 import { callerStack } from './trace.ts'
-import { hasEnded, Level, Transaction, type TransactionHost } from './transaction.ts'
+import { Transaction, type TransactionHost } from './transaction.ts'
 
 /** One conversation with one database: idle until its first statement, open until a commit or rollback, and so on until closed. */
 export interface AmbientSession<Handle> {
@@ -70,6 +71,7 @@ export class Session<Connection>
 {
   readonly id: number = nextNumber()
   readonly lane: Lane
+  readonly holder: Holder<Connection>
   transaction: Transaction<Connection>
   readonly #database: DatabaseCore<Connection>
   readonly #owner: Context
@@ -83,8 +85,6 @@ export class Session<Connection>
   #ending: Promise<void> | undefined
   /** Something of it is committed already, so its end cannot say that everything was rolled back. */
   #committed = false
-  #held: Lease<Connection> | undefined
-  #heldSince = 0
   #deferred: AfterHook[] = []
   #destroyStream: ((error: Error) => void) | undefined
   #streamEnd: AmbientError | undefined
@@ -94,9 +94,10 @@ export class Session<Connection>
     this.#owner = owner
     this.#settings = settings
     this.lane = new Lane(this)
+    this.holder = new Holder(this, database, settings.hold)
     this.transaction = new Transaction(this, settings.transaction)
     database.sessions.add(this)
-    this.#publish('opened')
+    this.publish('opened')
   }
 
   // What others need to know of it
@@ -154,7 +155,7 @@ export class Session<Connection>
   }
 
   get touched(): boolean {
-    return this.busy || this.inTransaction || this.#held !== undefined || hasHooks(this.transaction.root.hooks)
+    return this.busy || this.inTransaction || this.holder.holding || hasHooks(this.transaction.root.hooks)
   }
 
   get db(): unknown {
@@ -188,8 +189,7 @@ export class Session<Connection>
     return (connection) => {
       const startedAt = performance.now()
       const answer = statement(connection)
-      const publish = (error?: unknown) =>
-        this.#publish('statement', { duration: performance.now() - startedAt, error })
+      const publish = (error?: unknown) => this.publish('statement', { duration: performance.now() - startedAt, error })
       answer.then(() => publish(), publish)
       return answer
     }
@@ -220,7 +220,7 @@ export class Session<Connection>
         resolve({ connection, lost, closing, close })
         const startedAt = performance.now()
         const failure = await ended
-        this.#publish('statement', { duration: performance.now() - startedAt, error: failure })
+        this.publish('statement', { duration: performance.now() - startedAt, error: failure })
         await settle(failure)
         this.#destroyStream = undefined
         this.#streamEnd = undefined
@@ -296,7 +296,7 @@ export class Session<Connection>
   }
 
   #hookFailed = (error: unknown): void => {
-    this.#publish('hook-failed', { error })
+    this.publish('hook-failed', { error })
     this.#database.reportHookError(error)
   }
 
@@ -381,7 +381,7 @@ export class Session<Connection>
   }
 
   #refused(error: AmbientError): AmbientError {
-    this.#publish('refused', { error })
+    this.publish('refused', { error })
     return error
   }
 
@@ -603,47 +603,8 @@ export class Session<Connection>
 
   // The connection
 
-  async lease(): Promise<Lease<Connection>> {
-    if (this.#held) return this.#held
-    const startedAt = performance.now()
-    const lease = await this.#acquire().catch((error) => {
-      this.#publish('acquire-failed', { duration: performance.now() - startedAt, error })
-      throw error
-    })
-    this.#heldSince = performance.now()
-    this.#publish('acquired', { duration: this.#heldSince - startedAt })
-    if (this.#settings.hold && !this.closed) this.#held = lease // one that comes too late is released like any other
-    return lease
-  }
-
-  async #acquire(): Promise<Lease<Connection>> {
-    if (!this.#prepared) {
-      await this.#database.prepare()
-      this.#prepared = true
-    }
-    return this.#database.engines.acquire(this, () => this.#surroundingHolders())
-  }
-
-  async release(lease: Lease<Connection>, broken?: Error): Promise<void> {
-    if (this.#held === lease && !broken && !lease.lost) return
-    if (this.#held === lease) this.#held = undefined
-    await lease.release(broken)
-    this.#publish(broken ? 'destroyed' : 'released', { duration: performance.now() - this.#heldSince, error: broken })
-  }
-
   get holdsConnection(): boolean {
-    return this.transaction.holdsConnection || this.#held !== undefined
-  }
-
-  /** Sessions of this database around the running code that hold a connection (S11). */
-  #surroundingHolders(): object[] {
-    const holders = new Set<object>()
-    for (const scope of enclosingScopes()) {
-      for (const session of [scope.session, scope.context?.peek(this.#database)] as (Session<unknown> | undefined)[]) {
-        if (session?.database === this.#database && session.holdsConnection) holders.add(session)
-      }
-    }
-    return [...holders]
+    return this.transaction.holdsConnection || this.holder.holding
   }
 
   async #die(): Promise<void> {
@@ -658,12 +619,11 @@ export class Session<Connection>
     this.lane.close(this.#closed)
     this.#handle = undefined
     this.#database.sessions.delete(this)
-    const held = this.#held
-    if (held) await this.release(held, new Error('The connection of a session with `hold` is not used again.'))
-    this.#publish('closed')
+    await this.holder.end()
+    this.publish('closed')
   }
 
-  #publish(type: SessionEvent['type'], more: Partial<SessionEvent> = {}): void {
+  publish(type: SessionEvent['type'], more: Partial<SessionEvent> = {}): void {
     if (!sessionChannel.hasSubscribers) return
     sessionChannel.publish({ type, sessionId: this.id, contextId: this.contextId, database: this.name, ...more })
   }

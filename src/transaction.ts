@@ -2,37 +2,14 @@ import type { TransactionOptions, TransactionSettings } from './adapter.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, attachCleanupError } from './errors.ts'
 import { type TransactionEvent, transactionChannel } from './events.ts'
-import { dropHooks, type Hooks, moveHooks } from './hooks.ts'
+import type { Holder } from './holder.ts'
+import { dropHooks, moveHooks } from './hooks.ts'
+import { assertLive, type Failure, hasEnded, Level } from './level.ts'
 import { bounded, sleep } from './time.ts'
-
-/** Why nothing more can be done in a transaction or savepoint but roll it back. */
-interface Failure {
-  readonly what: string
-  readonly cause: unknown
-  readonly outcome?: 'rolled-back' | 'unknown'
-}
 
 const lostWhat = 'The connection was lost before COMMIT was sent.'
 const endedWhat =
   'The transaction was ended behind the back of the session (COMMIT or ROLLBACK in SQL, or a statement that commits by itself): earlier work may be committed.'
-
-/** The transaction itself, or a savepoint in it. Opened on the server by its first statement. */
-export class Level {
-  readonly parent: Level | undefined
-  readonly hooks: Hooks = { beforeCommit: [], afterCommit: [], afterRollback: [] }
-  opened = false
-  /** Shared by statements that need it at the same time: one of a block that was cut off, and the next. */
-  opening: Promise<void> | undefined
-  failure: Failure | undefined
-  /** Set when it has ended: refuses what comes too late. */
-  refusal: (() => AmbientError) | undefined
-  /** The name of its savepoint. */
-  name = ''
-
-  constructor(parent?: Level) {
-    this.parent = parent
-  }
-}
 
 /** What a transaction needs of its session. */
 export interface TransactionHost<Connection> {
@@ -41,9 +18,7 @@ export interface TransactionHost<Connection> {
   readonly name: string
   readonly acquireTimeout: number
   readonly settleTimeout: number
-  lease(): Promise<Lease<Connection>>
-  /** Gives the connection back; `broken` destroys it. */
-  release(lease: Lease<Connection>, broken?: Error): Promise<void>
+  readonly holder: Holder<Connection>
   /** Where the caller is, while tracing. */
   place(): string | undefined
   /** Runs the database's `afterBegin` hook, if there is one. */
@@ -231,7 +206,7 @@ export class Transaction<Connection> {
     const lease = await this.#acquire()
     this.#startedAt = performance.now()
     if (this.root.refusal) {
-      await this.#host.release(lease) // it came too late
+      await this.#host.holder.release(lease) // it came too late
       throw this.root.refusal()
     }
     let broken: Error | undefined
@@ -251,7 +226,7 @@ export class Transaction<Connection> {
       }
       assertLive(this.root)
     } catch (error) {
-      if (broken) await this.#host.release(lease, broken)
+      if (broken) await this.#host.holder.release(lease, broken)
       else await this.#cleanUp(lease, error)
       throw error
     } finally {
@@ -286,7 +261,7 @@ export class Transaction<Connection> {
   async #acquire(): Promise<Lease<Connection>> {
     this.#acquiring = true
     try {
-      return await this.#host.lease()
+      return await this.#host.holder.lease()
     } finally {
       this.#acquiring = false
       this.#lastActivity = performance.now()
@@ -332,7 +307,7 @@ export class Transaction<Connection> {
   async #releaseAlone(lease: Lease<Connection>, broken?: Error): Promise<void> {
     const status = lease.adapter.transactionStatus?.(lease.connection)
     if (!broken && (status === 'open' || status === 'aborted')) await this.#cleanUp(lease, undefined)
-    else await this.#host.release(lease, broken)
+    else await this.#host.holder.release(lease, broken)
   }
 
   /** What an answer says about the transaction beyond the statement (S10). */
@@ -382,7 +357,7 @@ export class Transaction<Connection> {
     try {
       const answer = await this.#onWire(retryBusy(commit, lease, this.#host.acquireTimeout))
       this.#lease = undefined
-      await this.#host.release(lease)
+      await this.#host.holder.release(lease)
       if (answer === 'committed') return this.#publish('committed')
       this.#publish('rolled-back')
     } catch (error) {
@@ -398,7 +373,7 @@ export class Transaction<Connection> {
         cause: error,
       })
       this.#publish('unknown', unknown)
-      await this.#host.release(lease, asError(error))
+      await this.#host.holder.release(lease, asError(error))
       throw unknown
     }
     throw this.#aborted({ what: 'The server answered COMMIT with ROLLBACK.', cause: undefined, outcome: 'rolled-back' })
@@ -429,10 +404,10 @@ export class Transaction<Connection> {
     } catch (second) {
       attachCleanupError(error, second)
       this.#publish('cleanup-failed', second)
-      await this.#host.release(lease, asError(second))
+      await this.#host.holder.release(lease, asError(second))
       return false
     }
-    await this.#host.release(lease)
+    await this.#host.holder.release(lease)
     return true
   }
 
@@ -520,20 +495,10 @@ export class Transaction<Connection> {
   }
 }
 
-function assertLive({ refusal }: Level): void {
-  if (refusal) throw refusal()
-}
-
 /** Whether a transaction that survives failed statements is still open after one. */
 async function stateAfterFailure<Connection>({ adapter, connection }: Lease<Connection>): Promise<string | undefined> {
   if (adapter.probeTransaction) return adapter.probeTransaction(connection)
   return adapter.transactionStatus?.(connection)
-}
-
-/** Whether `level` has ended, by itself or with what surrounds it. */
-export function hasEnded(level: Level | undefined): boolean {
-  for (let each = level; each; each = each.parent) if (each.refusal) return true
-  return false
 }
 
 /** SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). */

@@ -1,0 +1,79 @@
+import { enclosingScopes } from './context.ts'
+import type { DatabaseCore } from './database.ts'
+import type { Lease } from './engine.ts'
+import type { SessionEvent } from './events.ts'
+import type { Session } from './session.ts'
+
+/** What a holder needs of its session. */
+export interface HolderSession {
+  readonly closed: boolean
+  publish(type: SessionEvent['type'], more: Partial<SessionEvent>): void
+}
+
+/** The way of a session to its connection: taken for a transaction and given back after it, or pinned until the end (S3). */
+export class Holder<Connection> {
+  readonly #session: HolderSession
+  readonly #database: DatabaseCore<Connection>
+  readonly #hold: boolean
+  #prepared = false
+  #pinned: Lease<Connection> | undefined
+  #since = 0
+
+  constructor(session: HolderSession, database: DatabaseCore<Connection>, hold: boolean) {
+    this.#session = session
+    this.#database = database
+    this.#hold = hold
+  }
+
+  /** Between transactions too. */
+  get holding(): boolean {
+    return this.#pinned !== undefined
+  }
+
+  async lease(): Promise<Lease<Connection>> {
+    if (this.#pinned) return this.#pinned
+    const startedAt = performance.now()
+    const lease = await this.#acquire().catch((error) => {
+      this.#session.publish('acquire-failed', { duration: performance.now() - startedAt, error })
+      throw error
+    })
+    this.#since = performance.now()
+    this.#session.publish('acquired', { duration: this.#since - startedAt })
+    if (this.#hold && !this.#session.closed) this.#pinned = lease // one that comes too late is released like any other
+    return lease
+  }
+
+  async #acquire(): Promise<Lease<Connection>> {
+    if (!this.#prepared) {
+      await this.#database.prepare()
+      this.#prepared = true
+    }
+    return this.#database.engines.acquire(this.#session, () => this.#surroundingHolders())
+  }
+
+  /** Gives the connection back; `broken` destroys it. */
+  async release(lease: Lease<Connection>, broken?: Error): Promise<void> {
+    if (this.#pinned === lease && !broken && !lease.lost) return
+    if (this.#pinned === lease) this.#pinned = undefined
+    await lease.release(broken)
+    const type = broken ? 'destroyed' : 'released'
+    this.#session.publish(type, { duration: performance.now() - this.#since, error: broken })
+  }
+
+  /** Session state must not reach the next borrower of a pinned connection. */
+  async end(): Promise<void> {
+    const lease = this.#pinned
+    if (lease) await this.release(lease, new Error('The connection of a session with `hold` is not used again.'))
+  }
+
+  /** Sessions of this database around the running code that hold a connection (S11). */
+  #surroundingHolders(): object[] {
+    const holders = new Set<object>()
+    for (const scope of enclosingScopes()) {
+      for (const session of [scope.session, scope.context?.peek(this.#database)] as (Session<unknown> | undefined)[]) {
+        if (session?.database === this.#database && session.holdsConnection) holders.add(session)
+      }
+    }
+    return [...holders]
+  }
+}

@@ -1,0 +1,38 @@
+import type { AmbientError } from './errors.ts'
+import type { Hooks } from './hooks.ts'
+
+/** Why nothing more can be done in a transaction or savepoint but roll it back. */
+export interface Failure {
+  readonly what: string
+  readonly cause: unknown
+  readonly outcome?: 'rolled-back' | 'unknown'
+}
+
+/** The transaction itself, or a savepoint in it. Opened on the server by its first statement. */
+export class Level {
+  readonly parent: Level | undefined
+  readonly hooks: Hooks = { beforeCommit: [], afterCommit: [], afterRollback: [] }
+  opened = false
+  /** Shared by statements that need it at the same time: one of a block that was cut off, and the next. */
+  opening: Promise<void> | undefined
+  failure: Failure | undefined
+  /** Set when it has ended: refuses what comes too late. */
+  refusal: (() => AmbientError) | undefined
+  /** The name of its savepoint. */
+  name = ''
+
+  constructor(parent?: Level) {
+    this.parent = parent
+  }
+}
+
+/** Throws if it has ended. */
+export function assertLive({ refusal }: Level): void {
+  if (refusal) throw refusal()
+}
+
+/** Whether `level` has ended, by itself or with what surrounds it. */
+export function hasEnded(level: Level | undefined): boolean {
+  for (let each = level; each; each = each.parent) if (each.refusal) return true
+  return false
+}
