@@ -12,7 +12,10 @@ export interface TransactionSettings {
 /** How transactions begin, or `'autocommit'` for none: each statement on its own; `atomic` still opens one. */
 export type TransactionOptions = TransactionSettings | 'autocommit'
 
-/** What an engine can do, as data. An adapter for an unknown dialect declares the conservative value of each. */
+/**
+ * What an engine can do, as data. An adapter for an unknown dialect declares the conservative value of each. A flag that links to a
+ * member of the adapter must agree with what that member does.
+ */
 export interface Capabilities {
   /** Savepoints work, so blocks can nest. */
   readonly savepoints: boolean
@@ -28,7 +31,10 @@ export interface Capabilities {
   readonly pipelining: boolean
   /** The loss of a checked-out connection is noticed while it is idle (an error listener is attached). */
   readonly lossDetection: boolean
-  /** The engine has one connection, hence one transaction at a time: sessions wait for each other in JavaScript. */
+  /**
+   * The engine has one connection, hence one transaction at a time: sessions wait for each other in JavaScript. Its connection may be
+   * the engine itself.
+   */
   readonly singleConnection: boolean
 }
 
@@ -39,9 +45,12 @@ export interface ErrorTraits {
    * socket, a client-side timeout), so what the server did is not known.
    */
   readonly reply: 'answered' | 'unsent' | 'unanswered'
-  /** A serialization failure or deadlock: running the whole transaction again may succeed. */
+  /** A serialization failure or deadlock: running the whole transaction again may succeed, which is what `retry` does. */
   readonly retryable: boolean
-  /** The engine was locked by somebody else and the same call may succeed in a moment (SQLite BUSY). */
+  /**
+   * The engine was locked by somebody else and the same call may succeed in a moment (SQLite BUSY). The session repeats such a BEGIN
+   * or COMMIT until `acquireTimeout`, never a statement.
+   */
   readonly busy?: boolean
 }
 
@@ -50,6 +59,8 @@ export interface ErrorTraits {
  * connection it is given; the order of calls, waiting, fences and clean-up belong to the session.
  * It is a plain object whose functions do not use `this`, so that a library's adapter can be a driver's with another handle.
  * Each call is made outside any async context unless said otherwise. `ambient-db/conformance` holds the suite to pass.
+ *
+ * What adapters share: {@link callFactory}, `traits.ts` (what errors of the engines mean), `sql.ts` (transaction control as text).
  */
 export interface Adapter<Handle, Engine, Connection> {
   /** What `engine` can do. Called once per engine. */
@@ -63,14 +74,18 @@ export interface Adapter<Handle, Engine, Connection> {
 
   /**
    * Takes a connection from the engine. The returned connection has an error listener that calls `onLost`, so that a cut
-   * socket is never an uncaught exception. Waiting is bounded by the session, which releases a connection that comes too late.
+   * socket is never an uncaught exception, where a connection can be lost at all. Waiting is bounded by the session, which releases
+   * a connection that comes too late.
    */
   acquire(engine: Engine, onLost: (error: Error) => void): Promise<Connection>
 
   /** Gives the connection back; with `broken`, destroys it instead (single-connection engines keep it). */
   release(engine: Engine, connection: Connection, broken?: Error): void | Promise<void>
 
-  /** Sends BEGIN with all its settings, and resolves when the server answered it. */
+  /**
+   * Sends BEGIN with all its settings, and resolves when the server answered it. An engine that would take its write lock late, when
+   * waiting is no use any more (SQLite), takes it here, unless the transaction is read-only.
+   */
   begin(connection: Connection, settings: TransactionSettings): Promise<void>
 
   /**
@@ -79,7 +94,7 @@ export interface Adapter<Handle, Engine, Connection> {
    */
   commit(connection: Connection): Promise<'committed' | 'rolled-back'>
 
-  /** Sends ROLLBACK, and resolves when the server answered it. Without a transaction it does no harm. */
+  /** Sends ROLLBACK, and resolves when the server answered it. Without a transaction (its BEGIN failed, say) it does no harm. */
   rollback(connection: Connection): Promise<void>
 
   /** Sends SAVEPOINT. `name` is a plain identifier, unique in the transaction. */
@@ -117,7 +132,10 @@ export interface Adapter<Handle, Engine, Connection> {
 
   /**
    * Makes the native handle over `statements`. Called once at definition for the ambient handle, and once for each session
-   * that is asked for its own: it must connect to nothing.
+   * that is asked for its own: it must connect to nothing, and have no `then`.
+   *
+   * SQL that begins or ends a transaction is refused with `AMBIENT_TRANSACTION_CONTROL` where the handle sees it
+   * (`parseTransactionControl`). The library's own transactions become {@link NativeBlock}s.
    */
   createHandle(statements: Statements<Connection>): Handle
 }
@@ -133,12 +151,15 @@ export interface Statements<Connection> {
   /**
    * Runs `statement` when its turn has come, with BEGIN and savepoints before it where they are due. It counts as issued from
    * this call on, and is called in the caller's async context. Rejects unsent where the session refuses.
+   *
+   * A `statement` that throws before it returns a promise counts as unsent. Over a synchronous driver it must be an `async` function.
    */
   run<Result>(statement: (connection: Connection) => Promise<Result>, block?: NativeBlock): Promise<Result>
 
   /**
    * Like {@link Statements.run} for a cursor or stream: resolves with the connection when the turn has come, and occupies the
-   * session until `close` is called. `destroy` is called if the session must end it.
+   * session until `close` is called. `destroy` is called if the session must end it, perhaps just before the promise resolves: whoever
+   * reads the stream gets its error, and `close` is still due.
    */
   openStream(destroy: (error: Error) => void, block?: NativeBlock): Promise<OpenStream<Connection>>
 
@@ -160,6 +181,8 @@ export interface OpenStream<Connection> {
 /**
  * A native transaction inside a session: a savepoint of it. Statements belong to it when they run inside {@link NativeBlock.enter}
  * or name it; begun from outside of `enter` it cannot be told from others' work, so while it is open those are refused.
+ *
+ * A transaction method with a callback enters the block and there begins, calls back, and commits, or rolls back if one of these failed.
  */
 export interface NativeBlock {
   /** Runs `work` in the async scope of the block. */
