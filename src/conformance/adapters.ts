@@ -47,9 +47,12 @@ export interface GateProbe<Handle> {
  * key; the optional operations are left out where the engine or the library does not have them, which skips their cases.
  */
 export interface AdapterHarness<Handle = unknown> {
-  /** What the adapter declares. */
+  /** The same as the adapter declares: the suite cannot see that, and chooses its cases by this. */
   readonly capabilities: Capabilities
-  /** Defines a database over a new adapter. The suite shuts it down. */
+  /**
+   * Defines a database over a new adapter. The suite shuts it down. The factory of the engine may take the host as a parameter
+   * only if `options.host` is there: otherwise a factory that takes one is refused.
+   */
   define(options?: HarnessOptions<Handle>): AmbientDatabase<Handle, unknown>
   /** Empties the table and forgets the engines that were made before. */
   reset(): Promise<void>
@@ -74,13 +77,16 @@ export interface AdapterHarness<Handle = unknown> {
   beginTransaction?(handle: Handle): Promise<NativeTransactionProbe>
   /** Does something that COMMIT is going to fail for, such as breaking a deferred constraint. */
   spoilCommit?(handle: Handle): Promise<unknown>
-  /** Ends the transaction by SQL that the adapter does not recognise. */
+  /** Ends the transaction by SQL that the adapter does not recognise: behind a comment, or in several statements at once. */
   endBehindTheBack?(handle: Handle): Promise<unknown>
   /** Makes a gate. */
   gate?(): Promise<GateProbe<Handle>>
-  /** Changes a row through a handle, so that it conflicts with `changeElsewhere`. */
+  /** Changes a row through a handle: a conflict, if `changeElsewhere` changed it after the transaction's first read. */
   change?(handle: Handle, id: number): Promise<unknown>
-  /** Changes a row by a connection that the library does not know of, and commits. */
+  /**
+   * Changes a row by a connection that the library does not know of, and commits. Left out, with `change`, where an open
+   * transaction locks others out: the case would meet that lock and not the conflict.
+   */
   changeElsewhere?(id: number): Promise<unknown>
   /** Kills every connection of the engines, from the side of the server; resolves when the clients know. */
   kill?(): Promise<unknown>
