@@ -1,5 +1,5 @@
 import { type Context, currentScope, detach, enclosingScopes, runInScope } from './context.ts'
-import { AmbientError } from './errors.ts'
+import { AmbientError, isAmbientError } from './errors.ts'
 import {
   applyHead,
   assertChunk,
@@ -174,8 +174,10 @@ export class ResponseGuard implements Interceptor {
   /** The first call settles the context; until that is done all are held. */
   #send(name: Intercepted, args: unknown[]): unknown {
     if (this.#state === 'open') {
-      if (name !== 'end') this.#refuseInBlock()
-      if (this.#settle()) return this.#pass(name, args)
+      if (this.#settle(name)) {
+        this.#release()
+        return this.#pass(name, args)
+      }
       if (this.#failure) return this.#ignore(name, args)
     }
     this.#begun = true
@@ -184,13 +186,11 @@ export class ResponseGuard implements Interceptor {
   }
 
   /** Settles the context by the status; true if that is done, because there was nothing to settle. */
-  #settle(): boolean {
+  #settle(name: Intercepted): boolean {
     try {
+      if (name !== 'end') this.#refuseInBlock()
       const outcome = this.#answering.outcome(this.#head ?? this.#response.statusCode)
-      if (this.#context.settleUntouched(outcome)) {
-        this.#release()
-        return true
-      }
+      if (this.#context.settleUntouched(outcome)) return true
       // Before the settlement would end it: what reads it must fail after the answer was given up, not before.
       if (outcome === 'commit') for (const session of this.#context.participants()) session.endStream('refuse')
       this.#hold()
@@ -199,6 +199,8 @@ export class ResponseGuard implements Interceptor {
         (error) => this.#fail(error),
       )
     } catch (error) {
+      // Whoever writes is told; but in a source that pipes it would be an uncaught exception.
+      if (isAmbientError(error, 'AMBIENT_RESPONSE_IN_BLOCK') && this.#sources.length === 0) throw error
       this.#giveUp(error)
     }
     return false

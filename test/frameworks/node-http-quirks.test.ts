@@ -301,6 +301,50 @@ describe('node:http without error handling of its own', () => {
     expect([status, body]).toEqual([500, 'bad'])
   })
 
+  it('H5 answers an error when a source pipes in an open block', async () => {
+    const client = await start(async (_request, response) => {
+      await databases.main.ambient.atomic(async () => {
+        await note('a')
+        Readable.from(['first']).pipe(response)
+        await once(response, 'close')
+      })
+    })
+    client.send({ path: '/' })
+    expect((await client.answer()).status).toBe(500)
+    client.destroy()
+    await nextTurn()
+    expect(warnings).toMatchObject([{ message: expect.stringMatching(/AMBIENT_RESPONSE_IN_BLOCK|inside a block/) }])
+    expect(await notes()).toEqual([])
+  })
+
+  it('H2 answers an error when `outcome` throws', async () => {
+    const client = await start(async (_request, response) => response.end(await note('a')), {
+      outcome: () => {
+        throw new Error('undecided')
+      },
+    })
+    client.send({ path: '/' })
+    expect((await client.answer()).status).toBe(500)
+    expect(await notes()).toEqual([])
+  })
+
+  it('H5 throws what Node throws where there was nothing to settle', async () => {
+    const thrown: unknown[] = []
+    const client = await start((_request, response) => {
+      response.strictContentLength = true
+      response.writeHead(200, { 'content-length': 3 })
+      try {
+        response.end('four')
+      } catch (error) {
+        thrown.push((error as { code: unknown }).code, response.headersSent)
+        response.destroy()
+      }
+    })
+    client.send({ path: '/' })
+    await client.closed
+    expect(thrown).toEqual(['ERR_HTTP_CONTENT_LENGTH_MISMATCH', true])
+  })
+
   it('H5 asks nobody to write on who has ended', async () => {
     let drains = 0
     const client = await start(async (_request, response) => {
