@@ -42,7 +42,7 @@ export const catalogue = {
   AMBIENT_TRANSACTION_ABORTED:
     'A transaction that the database gave up cannot be committed: roll back, or wrap statements that may fail in `atomic`.',
   AMBIENT_TRANSACTION_CONTROL:
-    'The session begins and ends its own transactions: use `commit()`, `rollback()` and `atomic(work)`, or a client from `connect()`.',
+    'The session begins and ends its own transactions: use `commit()`, `rollback()` and `atomic(work)`, or the transactions of your library.',
   AMBIENT_TRANSACTION_OPEN: 'Commit or roll it back first, or say what shall happen to it.',
   AMBIENT_TRANSACTION_OPTIONS:
     'Options of a transaction that is already open cannot change: give them to the outermost call.',
