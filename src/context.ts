@@ -386,6 +386,7 @@ export async function newContext<Result>(
 export async function runUnit<Result>(context: Context, work: () => Result | Promise<Result>): Promise<Result> {
   let result: Result
   try {
+    if (context.abortion) throw context.abortion // before anything of `work` happens
     result = context.abortable
       ? await Promise.race([(async () => context.run(work))(), context.aborted])
       : await context.run(work)

@@ -6,7 +6,7 @@ export type Outcome = 'rolled-back' | 'unknown' | 'partial'
  * Each code has a section in `docs/errors.md` and a test that provokes it.
  */
 export const catalogue = {
-  AMBIENT_ABORTED: 'The signal that was given fired, so nothing of this work is committed.',
+  AMBIENT_ABORTED: 'The signal that was given fired: what was not committed before is rolled back.',
   AMBIENT_ACQUIRE_TIMEOUT:
     'Release connections earlier (`commit()` or `closeSession()` before long work), enlarge the pool, or raise `acquireTimeout`.',
   AMBIENT_ATOMIC_NESTING:
@@ -38,7 +38,7 @@ export const catalogue = {
     'Await work before the end, make it shorter, or raise `settleTimeout`; nothing of it was committed.',
   AMBIENT_SHUT_DOWN: 'No new work is taken after `shutdown()`.',
   AMBIENT_STREAM_OPEN: 'Read the stream or cursor to its end, or close it, before anything else on this session.',
-  AMBIENT_TIMEOUT: 'Make the work shorter or raise its `timeout`; nothing of it is committed.',
+  AMBIENT_TIMEOUT: 'Make the work shorter or raise its `timeout`; what was not committed before is rolled back.',
   AMBIENT_TRANSACTION_ABORTED:
     'A transaction that the database gave up cannot be committed: roll back, or wrap statements that may fail in `atomic`.',
   AMBIENT_TRANSACTION_CONTROL:

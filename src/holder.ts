@@ -1,6 +1,7 @@
 import { enclosingScopes } from './context.ts'
 import type { DatabaseCore } from './database.ts'
 import type { Lease } from './engine.ts'
+import { AmbientError } from './errors.ts'
 import type { SessionEvent } from './events.ts'
 import type { Session } from './session.ts'
 
@@ -17,6 +18,8 @@ export class Holder<Connection> {
   readonly #hold: boolean
   #prepared = false
   #pinned: Lease<Connection> | undefined
+  /** What a pinned connection was lost with: another one would not have its state. */
+  #lost: Error | undefined
   #since = 0
 
   constructor(session: HolderSession, database: DatabaseCore<Connection>, hold: boolean) {
@@ -32,6 +35,10 @@ export class Holder<Connection> {
 
   async lease(): Promise<Lease<Connection>> {
     if (this.#pinned) return this.#pinned
+    if (this.#lost) {
+      const what = 'The pinned connection was lost, and its session state with it.'
+      throw new AmbientError('AMBIENT_TRANSACTION_ABORTED', what, { database: this.#database.name, cause: this.#lost })
+    }
     const startedAt = performance.now()
     const lease = await this.#acquire().catch((error) => {
       this.#session.publish('acquire-failed', { duration: performance.now() - startedAt, error })
@@ -54,7 +61,10 @@ export class Holder<Connection> {
   /** Gives the connection back; `broken` destroys it. */
   async release(lease: Lease<Connection>, broken?: Error): Promise<void> {
     if (this.#pinned === lease && !broken && !lease.lost) return
-    if (this.#pinned === lease) this.#pinned = undefined
+    if (this.#pinned === lease) {
+      this.#pinned = undefined
+      this.#lost = broken ?? lease.lost
+    }
     await lease.release(broken)
     const type = broken ? 'destroyed' : 'released'
     this.#session.publish(type, { duration: performance.now() - this.#since, error: broken })

@@ -241,7 +241,7 @@ export class Session<Connection>
       transaction.assertUsable(level)
       const letGo = transaction.claim(options)
       try {
-        await transaction.open(level)
+        await transaction.begin(level)
       } finally {
         letGo()
       }

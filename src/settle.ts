@@ -85,7 +85,8 @@ export async function commitAll(unit: Unit): Promise<void> {
 /** Fences at once, awaits (or cancels) what is on the wire and rolls every session back; failures are attached to `error`. */
 export async function rollbackAll(unit: Unit, error: unknown): Promise<void> {
   unit.fence()
-  const said = await rollbackEach(unit.participants(), error, unit.abortion !== undefined)
+  const waitedEnough = unit.abortion !== undefined || isAmbientError(error, 'AMBIENT_SETTLE_TIMEOUT')
+  const said = await rollbackEach(unit.participants(), error, waitedEnough)
   if (said) stateRolledBack(error)
 }
 

@@ -177,7 +177,13 @@ export class Transaction<Connection> {
     return { connection: lease.connection, lost, settle }
   }
 
-  /** Makes sure that `level` is open on the server. */
+  /** Opens `level`, and waits until the server has said so. */
+  async begin(level: Level): Promise<void> {
+    await this.open(level)
+    if (this.#begun) await this.#checkBegin()
+  }
+
+  /** Makes sure that `level` is open on the server, or on the way with its first statement. */
   async open(level: Level): Promise<void> {
     if (level.opened) return
     level.opening ??= (level.parent ? this.#openSavepoint(level, level.parent) : this.#begin()).finally(() => {
