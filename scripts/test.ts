@@ -7,7 +7,8 @@ if (selection.length > 0) {
   await stage(`tests ${selection.join(' ')}`, () => vitest(selection))
 } else {
   await stage('types', () => check(['tsc', '--project', 'tsconfig.json'], ['tsc', '--project', 'tsconfig.build.json']))
-  await stage('format and lint', () => check(['biome', 'ci', '--error-on-warnings']))
+  const colors = process.stdout.isTTY ? [] : ['--colors=off'] // it does not know NO_COLOR
+  await stage('format and lint', () => check(['biome', 'ci', '--error-on-warnings', ...colors]))
   await stage('unused code', () => check(['knip']))
   await stage('build', () => check(['tsdown']))
   await stage('behaviour', () => vitest(['--project=behaviour']))
