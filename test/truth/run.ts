@@ -74,8 +74,8 @@ try {
 async function runAll(lab: Lab): Promise<void> {
   const report: Report = { rows: [], mutants: [], failures: [] }
   if (options.mutants !== 'none') {
-    report.mutants.push(...(await runMutant(lab, control)))
-    for (const mutant of mutants) report.mutants.push(...(await runMutant(lab, mutant)))
+    const rows = await Promise.all([control, ...mutants].map((mutant) => runMutant(lab, mutant)))
+    report.mutants.push(...rows.flat())
   }
   if (options.mutants !== 'only') {
     for (const library of libraries.filter(({ name }) => name === (options.library ?? name))) {
@@ -136,7 +136,7 @@ async function runMutant(lab: Lab, { name, mutate, units: names, labels, shows }
       const cuts = cutsOf(boundaries.filter(({ label }) => labels.test(label)))
       for (const cut of cuts) if (!cut.fate.endsWith('stall')) cases.push({ library, unit, cut, mutate })
     }
-    const results = await runCases(lab, cases)
+    const results = await runCases(lab, cases, 4)
     const caught = results.filter(({ violations }) => violations.some(({ kind }) => kind === shows)).length
     const planted = mutants.some((each) => each.name === name)
     rows.push({ mutant: name, planted, library: library.name, cases: cases.length, shows, caught })
@@ -145,7 +145,7 @@ async function runMutant(lab: Lab, { name, mutate, units: names, labels, shows }
 }
 
 /** Runs several cases at a time, each with a proxy and pools of its own; results come in the order of the cases. */
-async function runCases(lab: Lab, cases: readonly Case[]): Promise<Result[]> {
+async function runCases(lab: Lab, cases: readonly Case[], atOnce = concurrency): Promise<Result[]> {
   const results: Result[] = []
   const waiting = spread(cases.length)
   const worker = async () => {
@@ -154,7 +154,7 @@ async function runCases(lab: Lab, cases: readonly Case[]): Promise<Result[]> {
       if (performance.now() > deadline) return
     }
   }
-  await Promise.all(Array.from({ length: Math.min(concurrency, cases.length) }, worker))
+  await Promise.all(Array.from({ length: Math.min(atOnce, cases.length) }, worker))
   for (const [index, subject] of cases.entries()) {
     for (let again = 1; again <= 5 && unreached(results[index]); again++) results[index] = await lab.run(subject)
   }
