@@ -47,6 +47,8 @@ export interface ErrorTraits {
   readonly reply: 'answered' | 'unsent' | 'unanswered'
   /** A serialization failure or deadlock: running the whole transaction again may succeed, which is what `retry` does. */
   readonly retryable: boolean
+  /** The driver knew that the connection was gone, and sent nothing. */
+  readonly lost?: boolean
   /**
    * The engine was locked by somebody else and the same call may succeed in a moment (SQLite BUSY). The session repeats such a BEGIN
    * or COMMIT until `acquireTimeout`, never a statement.
@@ -145,6 +147,9 @@ export interface Adapter<Handle, Engine, Connection> {
  * async context; for a session's handle it is always that session.
  */
 export interface Statements<Connection> {
+  /** The name of the database, for error messages. */
+  readonly name: string
+
   /** The host in force, for libraries that compile queries before any session exists. */
   host(): string | undefined
 

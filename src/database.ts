@@ -275,6 +275,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   #ambientStatements(): Statements<Connection> {
     const of = (block?: NativeBlock) => (block as NativeTransaction<Connection> | undefined)?.session ?? this.#session() // blocks come from createBlock below
     return {
+      name: this.name,
       host: () => this.host,
       run: (statement, block) => {
         try {

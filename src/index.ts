@@ -1,5 +1,14 @@
 export type { AbortOptions } from './abortion.ts'
-export type { TransactionOptions, TransactionSettings } from './adapter.ts'
+export type {
+  Adapter,
+  Capabilities,
+  ErrorTraits,
+  NativeBlock,
+  OpenStream,
+  Statements,
+  TransactionOptions,
+  TransactionSettings,
+} from './adapter.ts'
 export type { AtomicOptions, CurrentTransaction } from './atomic.ts'
 export type { AmbientContext, ContextOptions, ContextState } from './context.ts'
 export { detach, hasContext, newContext, openContext } from './context.ts'

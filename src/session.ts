@@ -19,6 +19,7 @@ import { type Bound, Lane, type LaneHost, type Occupant } from './lane.ts'
 import { hasEnded, Level } from './level.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
+import { drained } from './time.ts'
 import { callerStack } from './trace.ts'
 import { Transaction, type TransactionHost } from './transaction.ts'
 
@@ -216,8 +217,8 @@ export class Session<Connection>
         const level = block?.level ?? this.transaction.root
         const { connection, lost, settle } = await this.transaction.openStream(level, ended)
         this.#destroyStream = destroy
-        if (this.#streamEnd) destroy(this.#streamEnd)
         resolve({ connection, lost, closing, close })
+        if (this.#streamEnd) await drained().then(() => this.#streamEnd && destroy(this.#streamEnd)) // it is in its owner's hands now
         const startedAt = performance.now()
         const failure = await ended
         this.publish('statement', { duration: performance.now() - startedAt, error: failure })

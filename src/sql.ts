@@ -1,4 +1,5 @@
 import type { TransactionSettings } from './adapter.ts'
+import { AmbientError } from './errors.ts'
 
 /** SQL text that begins or ends a transaction or savepoint. */
 export type TransactionControl =
@@ -46,6 +47,12 @@ function beginning(text = ''): TransactionControl {
     }),
   }
   return { kind: 'begin', settings }
+}
+
+/** The error for control of the transaction where the session has it. */
+export function controlRefused(database: string): AmbientError {
+  const what = 'SQL that begins or ends a transaction was refused unsent.'
+  return new AmbientError('AMBIENT_TRANSACTION_CONTROL', what, { database })
 }
 
 /** The modes of BEGIN or SET TRANSACTION in standard SQL, with a space before each. */

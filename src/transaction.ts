@@ -136,7 +136,7 @@ export class Transaction<Connection> {
       const running = statement(lease.connection)
       unsent = false
       const result = await this.#onWire(running)
-      if (this.#begun) await this.#checkBegin()
+      if (this.#begun) await this.#checkBegin('unknown')
       this.#verify(level, lease)
       return result
     } catch (error) {
@@ -196,7 +196,11 @@ export class Transaction<Connection> {
     await this.open(parent)
     this.assertUsable(level)
     if (this.#begun) await this.#checkBegin()
-    const { adapter, connection } = this.#lease as Lease<Connection> // the parent is open
+    const { adapter, capabilities, connection } = this.#lease as Lease<Connection> // the parent is open
+    if (!capabilities.savepoints) {
+      const what = 'A nested block needs a savepoint, and the engine has none.'
+      throw new AmbientError('AMBIENT_UNSUPPORTED', what, { database: this.#host.name })
+    }
     level.name = `ambient_${++this.#savepoints}`
     try {
       await this.#onWire(adapter.savepoint(connection, level.name))
@@ -225,7 +229,7 @@ export class Transaction<Connection> {
         })
       const bare = Object.values(this.settings).every((value) => value === undefined)
       if (bare && !this.#host.afterBegin && lease.adapter.mayPipelineBegin?.(lease.connection)) {
-        this.#begun = begin()
+        this.#begun = lease.adapter.begin(lease.connection, this.settings)
         this.#begun.catch(() => {}) // looked at after the statement that travels with it
       } else {
         await this.#onWire(retryBusy(begin, lease, this.#host.acquireTimeout))
@@ -257,8 +261,12 @@ export class Transaction<Connection> {
 
   /** Sends BEGIN; waiting for its answer counts as waiting for the connection. */
   #beginOn({ adapter, connection }: Lease<Connection>): Promise<void> {
+    return this.#boundedBegin(adapter.begin(connection, this.settings))
+  }
+
+  #boundedBegin(begin: Promise<void>): Promise<void> {
     const { acquireTimeout, name } = this.#host
-    return bounded(adapter.begin(connection, this.settings), acquireTimeout, () => {
+    return bounded(begin, acquireTimeout, () => {
       const what = `BEGIN got no answer within ${acquireTimeout} ms.`
       return new AmbientError('AMBIENT_ACQUIRE_TIMEOUT', what, { database: name, statusCode: 503 })
     })
@@ -274,16 +282,16 @@ export class Transaction<Connection> {
     }
   }
 
-  /** A pipelined BEGIN that failed left its statement outside any transaction. */
-  async #checkBegin(): Promise<void> {
+  /**
+   * A pipelined BEGIN that failed left the statement that was sent behind it outside any transaction, so the outcome is
+   * `'unknown'`. It has its answer before the statement does; only where no statement was sent is there anything to wait for.
+   */
+  async #checkBegin(outcome?: 'unknown'): Promise<void> {
     try {
-      await this.#begun
+      if (this.#begun) await this.#boundedBegin(this.#begun)
     } catch (cause) {
-      this.root.failure ??= {
-        what: `BEGIN failed, so the statement behind it may have committed.`,
-        cause,
-        outcome: 'unknown',
-      }
+      const what = outcome ? 'BEGIN failed, so the statement behind it may have committed.' : 'BEGIN failed.'
+      this.root.failure ??= { what, cause, ...(outcome && { outcome }) }
       throw this.#aborted(this.root.failure)
     } finally {
       this.#begun = undefined
@@ -367,8 +375,14 @@ export class Transaction<Connection> {
       if (answer === 'committed') return this.#publish('committed')
       this.#publish('rolled-back')
     } catch (error) {
+      const { reply, lost } = lease.adapter.traits(error)
+      if (lost) {
+        lease.lose(asError(error))
+        this.root.failure ??= { what: lostWhat, cause: error }
+        throw this.#aborted(this.root.failure)
+      }
       this.#lease = undefined
-      if (lease.adapter.traits(error).reply === 'answered') {
+      if (reply === 'answered') {
         this.#publish('failed', error)
         await this.#cleanUp(lease, error)
         throw error
@@ -454,6 +468,8 @@ export class Transaction<Connection> {
       if (!keep) await step(({ adapter, connection }) => adapter.releaseSavepoint(connection, level.name))
     } catch (error) {
       this.root.failure ??= { what: 'Rolling back to a savepoint failed.', cause: error }
+      const lease = this.#lease
+      if (lease?.adapter.traits(error).reply === 'unanswered') lease.lose(asError(error)) // no ROLLBACK would overtake it
     }
     level.failure = undefined
     if (!keep) level.opened = false

@@ -27,7 +27,7 @@ import {
 import { detach } from '../context.ts'
 import { type AmbientDatabase, statementsOf } from '../database.ts'
 import { AmbientError } from '../errors.ts'
-import { parseTransactionControl } from '../sql.ts'
+import { controlRefused, parseTransactionControl } from '../sql.ts'
 import { notFromServer, postgresErrorTraits, sqliteErrorTraits } from '../traits.ts'
 
 /** Options of a Kysely handle. */
@@ -212,6 +212,14 @@ function overDialect<Tables>(
     return made
   }
   const partsOf = (connection: DatabaseConnection) => byConnection.get(connection) as Parts & { release: () => void } // set by acquire
+  const readOnly = new WeakSet<DatabaseConnection>()
+  /** SQLite has no read-only transactions, but connections that refuse to write. */
+  const setReadOnly = async (connection: DatabaseConnection, on: boolean) => {
+    if (on === readOnly.has(connection)) return
+    await connection.executeQuery(CompiledQuery.raw(`pragma query_only = ${on ? 'on' : 'off'}`))
+    if (on) readOnly.add(connection)
+    else readOnly.delete(connection)
+  }
   const compile = ({ compiler }: Parts): QueryCompiler['compileQuery'] => compiler.compileQuery.bind(compiler)
   let latest: Parts | undefined
   const traitsOf = (parts: Parts | undefined) =>
@@ -222,7 +230,7 @@ function overDialect<Tables>(
         : notFromServer
 
   return {
-    capabilities: (engine) => capabilitiesOf((byEngine.get(engine) as Parts).adapter), // set by createEngine
+    capabilities: (engine) => capabilitiesOf(byEngine.get(engine) as Parts), // set by createEngine
     createEngine(host) {
       const parts = partsFor(host)
       latest = parts
@@ -253,14 +261,16 @@ function overDialect<Tables>(
     },
     async begin(connection, settings) {
       const { driver, adapter } = partsOf(connection)
+      if (settings.deferrable !== undefined) throw unsupported('`deferrable` is not known to Kysely dialects.')
       if (adapter instanceof SqliteAdapter) {
         await connection.executeQuery(CompiledQuery.raw(settings.readOnly ? 'begin' : 'begin immediate'))
+        if (settings.readOnly) await setReadOnly(connection, true)
       } else {
-        if (settings.deferrable !== undefined) throw unsupported('`deferrable` is not known to Kysely dialects.')
         await driver.beginTransaction(connection, toKysely(settings))
       }
     },
     async commit(connection) {
+      await setReadOnly(connection, false)
       try {
         await partsOf(connection).driver.commitTransaction(connection)
         return 'committed'
@@ -271,6 +281,7 @@ function overDialect<Tables>(
     },
     async rollback(connection) {
       const { driver, adapter } = partsOf(connection)
+      await setReadOnly(connection, false)
       try {
         await driver.rollbackTransaction(connection)
       } catch (error) {
@@ -322,10 +333,10 @@ function failing(connection: DatabaseConnection, error: Error): DatabaseConnecti
 }
 
 /** What is known of a dialect; of an unknown one the conservative set. */
-function capabilitiesOf(adapter: DialectAdapter): Capabilities {
+function capabilitiesOf({ adapter, driver }: Parts): Capabilities {
   const known = adapter instanceof PostgresAdapter || adapter instanceof SqliteAdapter
   return {
-    savepoints: known,
+    savepoints: driver.savepoint !== undefined && driver.rollbackToSavepoint !== undefined,
     streaming: known,
     cancelling: false,
     failedStatementAborts: !(adapter instanceof SqliteAdapter),
@@ -474,10 +485,7 @@ class AmbientConnection<Connection> implements DatabaseConnection {
   }
 
   executeQuery<Row>(query: CompiledQuery): Promise<QueryResult<Row>> {
-    if (parseTransactionControl(query.sql)) {
-      const what = 'SQL that begins or ends a transaction was refused unsent.'
-      return Promise.reject(new AmbientError('AMBIENT_TRANSACTION_CONTROL', what))
-    }
+    if (parseTransactionControl(query.sql)) return Promise.reject(controlRefused(this.#statements.name))
     return this.#statements.run((connection) => {
       const wrapped = this.#wrap(connection)
       if (wrapped instanceof Promise) return wrapped.then((ready) => this.#execute<Row>(ready, query))

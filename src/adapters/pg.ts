@@ -4,7 +4,7 @@ import { Client, Pool, type PoolClient, types } from 'pg'
 import { type Adapter, callFactory, type NativeBlock, type Statements } from '../adapter.ts'
 import { bindCallback, bindEmitter } from '../context.ts'
 import { AmbientError } from '../errors.ts'
-import { parseTransactionControl, type TransactionControl, transactionModes } from '../sql.ts'
+import { controlRefused, parseTransactionControl, type TransactionControl, transactionModes } from '../sql.ts'
 import { postgresErrorTraits } from '../traits.ts'
 
 /**
@@ -168,7 +168,7 @@ function query(
   const control = typeof text === 'string' ? parseTransactionControl(text) : undefined
   const plain = typeof values === 'function' ? undefined : values
   const answer = control
-    ? (client?.control(control) ?? refuseControl())
+    ? (client?.control(control) ?? Promise.reject(controlRefused(statements.name)))
     : statements.run((connection) => {
         client?.listenTo(connection)
         return connection.query(config as string, plain as unknown[]) // whatever pg accepts, it gets
@@ -179,11 +179,6 @@ function query(
     (error) => process.nextTick(done, error),
   )
   return undefined
-}
-
-function refuseControl(): Promise<never> {
-  const what = 'SQL that begins or ends a transaction was refused unsent.'
-  return Promise.reject(new AmbientError('AMBIENT_TRANSACTION_CONTROL', what))
 }
 
 function isSubmittable(config: unknown): config is Submittable {
@@ -436,8 +431,8 @@ class AmbientClient extends EventEmitter {
   /** What transaction control does on a leased client. */
   async control(control: TransactionControl): Promise<unknown> {
     const block = this.#block
-    if (control.kind === 'other') return refuseControl()
-    if (control.kind !== 'begin' && !this.#open) return refuseControl()
+    if (control.kind === 'other' || (control.kind !== 'begin' && !this.#open))
+      throw controlRefused(this.#statements.name)
     if (control.kind === 'begin') {
       const before = this.#open
       this.#open = true // from now on, for what is sent behind it without waiting
