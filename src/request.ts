@@ -1,4 +1,3 @@
-import type { EventEmitter } from 'node:events'
 import type { TransactionOptions } from './adapter.ts'
 import { Context, currentContext, detach, type InternalContextOptions, type Scope } from './context.ts'
 import type { NodeRequest, NodeResponse } from './response.ts'
@@ -36,13 +35,11 @@ export function serveRequest<Request extends object, Result>(
   if (current?.options.adoptable && current.state === 'open') return proceed()
   if (options.skip?.(request)) return detach(proceed)
   const context = new Context(contextOptions(request, options), outermost)
-  // http, http2 and what stands in for them in tests have these members in common; their overloads differ.
-  const emitter = request as unknown as NodeRequest & EventEmitter
-  new ResponseGuard(context, emitter, response as NodeResponse, {
+  // http, http2 and what stands in for them in tests have in common what the guard touches; their overloads differ.
+  new ResponseGuard(context, request as NodeRequest, response as NodeResponse, {
     outcome: (status) => outcomeOf(status, request, options),
     onFailure,
   })
-  context.bind(emitter)
   return context.run(proceed)
 }
 
@@ -54,7 +51,7 @@ export function failRequest(response: object, error: unknown): boolean {
 }
 
 /** How a request with this status ends (H2). */
-export function outcomeOf<Request>(
+function outcomeOf<Request>(
   status: number,
   request: Request,
   { outcome }: DatabaseContextOptions<Request>,

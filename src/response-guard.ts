@@ -11,6 +11,7 @@ import {
   interceptEnd,
   interceptListeners,
   interceptorOf,
+  interceptRequest,
   interceptSenders,
   interceptSetters,
   type Method,
@@ -80,6 +81,7 @@ export class ResponseGuard implements Interceptor {
     this.#statusMessage = request.httpVersionMajor === 2 ? undefined : response.statusMessage // http2 has none, and warns
     this.#emitRequest = request.emit
     this.#drainCount = response.listenerCount('drain')
+    interceptRequest(request, this)
     interceptSenders(response, this)
     // Whoever replaced `on` (compression) keeps listeners for `drain` where an event of ours would not reach them.
     if (this.#methods.on !== Object.getPrototypeOf(response).on) {
@@ -139,8 +141,18 @@ export class ResponseGuard implements Interceptor {
     if (args[0] === 'close') this.#onClose()
     else if (args[0] === 'pipe') this.#sources.push(args[1] as Source)
     else if (args[0] === 'unpipe') this.#sources = this.#sources.filter((source) => source !== args[1])
+    return this.#inContext(() => this.#pass('emit', args))
+  }
+
+  emitRequest(args: unknown[]): unknown {
+    // Before Node 24 the response of a pipelined request that waits for its turn is not closed with its connection.
+    if (args[0] === 'close' && this.#request.socket?.destroyed) this.#onClose()
+    return this.#inContext(() => this.#emitRequest.apply(this.#request, args))
+  }
+
+  #inContext(work: () => unknown): unknown {
     const { scope } = this.#context
-    return currentScope() === scope ? this.#pass('emit', args) : runInScope(scope, () => this.#pass('emit', args))
+    return currentScope() === scope ? work() : runInScope(scope, work)
   }
 
   get headersSent(): boolean {

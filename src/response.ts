@@ -4,9 +4,9 @@ import { types } from 'node:util'
 export type Method = (...args: unknown[]) => unknown
 
 /** Calls that send something. */
-export const senders = ['writeHead', 'write', 'end', 'flushHeaders', 'addTrailers'] as const
+const senders = ['writeHead', 'write', 'end', 'flushHeaders', 'addTrailers'] as const
 /** Calls that matter once the head is decided. */
-export const setters = ['setHeader', 'setHeaders', 'appendHeader', 'removeHeader', 'destroy'] as const
+const setters = ['setHeader', 'setHeaders', 'appendHeader', 'removeHeader', 'destroy'] as const
 
 export type Intercepted = (typeof senders)[number] | (typeof setters)[number]
 export type Methods = Record<Intercepted | 'on' | 'emit', Method>
@@ -32,6 +32,8 @@ export interface NodeResponse extends Methods {
 export interface NodeRequest {
   emit: Method
   readonly httpVersionMajor: number
+  readonly socket: { readonly destroyed: boolean } | null | undefined
+  [key]?: Interceptor
 }
 
 /** What stands between a response and those who use it. */
@@ -41,6 +43,7 @@ export interface Interceptor {
   call(name: Intercepted, args: unknown[]): unknown
   on(args: unknown[]): unknown
   emit(args: unknown[]): unknown
+  emitRequest(args: unknown[]): unknown
 }
 
 /** The interceptor of `response`, if it has one. */
@@ -83,6 +86,12 @@ export function interceptSenders(response: NodeResponse, interceptor: Intercepto
   response.emit = emit
 }
 
+/** Puts it before the events of a request. */
+export function interceptRequest(request: NodeRequest, interceptor: Interceptor): void {
+  request[key] = interceptor
+  request.emit = emitRequest
+}
+
 /** Puts it before the calls that matter once the head is decided; from now on it says whether the head was sent. */
 export function interceptSetters(response: NodeResponse): void {
   for (const name of setters) response[name] = interceptors[name]
@@ -112,6 +121,10 @@ const interceptors = Object.fromEntries(
 
 function emit(this: NodeResponse, ...args: unknown[]): unknown {
   return this[key]?.emit(args)
+}
+
+function emitRequest(this: NodeRequest, ...args: unknown[]): unknown {
+  return this[key]?.emitRequest(args)
 }
 
 function on(this: NodeResponse, ...args: unknown[]): unknown {

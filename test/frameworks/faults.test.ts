@@ -1,5 +1,5 @@
 import type { AsyncLocalStorage } from 'node:async_hooks'
-import { ServerResponse } from 'node:http'
+import { type IncomingMessage, ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import { type AmbientContext, detach, hasContext, newContext, openContext } from 'ambient-db'
 import { databaseContext } from 'ambient-db/node-http'
@@ -20,10 +20,10 @@ interface Fault {
 const answered = (status: number) => (status < 400 ? 'commit' : 'rollback')
 
 /** The true middleware in front of a handler whose response is tampered with. */
-function tampering(tamper: (response: ServerResponse) => void): Wrap {
+function tampering(tamper: (response: ServerResponse, request: IncomingMessage) => unknown): Wrap {
   return (handler, options) =>
     databaseContext((request, response) => {
-      tamper(response)
+      tamper(response, request)
       return handler(request, response)
     }, options)
 }
@@ -125,7 +125,7 @@ const faults: Record<string, Fault> = {
     ],
   },
   'does not bind the request': {
-    plant: () => replace(Context.prototype, 'bind', (emitter) => emitter),
+    wrap: tampering((_response, request) => Reflect.deleteProperty(request, 'emit')),
     breaks: ['H6 keeps the context in raw events of the request'],
   },
   'commits whatever the status': {
