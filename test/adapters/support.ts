@@ -17,7 +17,7 @@ export function itHoldsTheSuite<Handle>(harness: () => AdapterHarness<Handle>): 
   }
 }
 
-export const postgresCapabilities: Capabilities = {
+const postgresCapabilities: Capabilities = {
   savepoints: true,
   streaming: true,
   cancelling: true,
@@ -132,16 +132,4 @@ export async function postgresHarness<Handle>(
     loseCommit: () => wire.at('< C COMMIT', 'reset'),
     cutAtBegin: (times) => wire.at(/^> [QP] (?:begin|start)/i, 'reset', { times }),
   }
-}
-
-/** The text of the statement that each connection ran last, and whether it is in a transaction. */
-export async function openTransactions(database: TestDatabase): Promise<number> {
-  return (await database.backends()).filter(({ transactionStart }) => transactionStart !== null).length
-}
-
-/** Connects a client that nothing else uses. */
-export async function connectClient(url: string): Promise<Client> {
-  const client = new Client({ connectionString: url })
-  await client.connect()
-  return client
 }
