@@ -1,6 +1,6 @@
 import type { AmbientDatabase } from 'ambient-db'
 import { type AdapterHarness, adapterSuite, type EngineProbe, type HarnessOptions } from 'ambient-db/conformance'
-import { Client, Pool, type PoolConfig } from 'pg'
+import { Pool, type PoolConfig } from 'pg'
 import { it } from 'vitest'
 import type { Capabilities } from '../../src/adapter.ts'
 import { databaseGate, until } from '../support/gate.ts'
