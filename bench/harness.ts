@@ -35,11 +35,13 @@ export interface Budget {
   readonly slice: number
 }
 
-/** Median and quartiles. */
+/** Median and quartiles, and the range that the true median lies in with a confidence of 95 %. */
 export interface Spread {
   readonly low: number
   readonly median: number
   readonly high: number
+  readonly atLeast: number
+  readonly atMost: number
 }
 
 /** The subject over the baseline, round by round, and the times per operation in µs. */
@@ -134,6 +136,7 @@ function ownCpu(): number {
 
 function spread(values: number[]): Spread {
   const sorted = values.toSorted((one, other) => one - other)
-  const at = (share: number) => sorted[Math.round((sorted.length - 1) * share)] as number
-  return { low: at(0.25), median: at(0.5), high: at(0.75) }
+  const at = (share: number) => sorted[Math.round((sorted.length - 1) * Math.min(1, Math.max(0, share)))] as number
+  const doubt = 0.98 / Math.sqrt(sorted.length) // half the width of the range, from the binomial distribution of ranks
+  return { low: at(0.25), median: at(0.5), high: at(0.75), atLeast: at(0.5 - doubt), atMost: at(0.5 + doubt) }
 }
