@@ -9,6 +9,7 @@ import type { Hook } from './hooks.ts'
 import type { NativeTransaction } from './native.ts'
 import { type AmbientSession, Session } from './session.ts'
 import { longestTimeout } from './time.ts'
+import { happened } from './trace.ts'
 
 /** Hooks of a database: they apply to the transactions of all its sessions. */
 export interface DatabaseHooks<Handle> {
@@ -328,7 +329,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   }
 
   contextEnded(owner: Context): AmbientError {
-    const where = owner.endedAt ? `\nIt was ended\n${owner.endedAt}\n` : ''
+    const where = happened('It was ended', owner.endedAt)
     const details = { database: this.name, ...(owner.abortion && { cause: owner.abortion }) }
     if (owner.scope.session) return new AmbientError('AMBIENT_SESSION_CLOSED', `Its work has ended.${where}`, details)
     return new AmbientError('AMBIENT_CONTEXT_ENDED', `The context has ended.${where}`, details)

@@ -20,7 +20,7 @@ import { hasEnded, Level } from './level.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
 import { drained } from './time.ts'
-import { callerStack } from './trace.ts'
+import { callerStack, happened } from './trace.ts'
 import { Transaction, type TransactionHost } from './transaction.ts'
 
 /** One conversation with one database: idle until its first statement, open until a commit or rollback, and so on until closed. */
@@ -392,16 +392,13 @@ export class Session<Connection>
   #contextEnded = (): AmbientError => this.#database.contextEnded(this.#owner)
 
   blockEnded(block: Block<Connection>): AmbientError {
-    const where = block.place ? `\n${block.label} was started\n${block.place}\n` : ''
-    const what = `${capital(block.label)} has ended.${where}`
+    const what = `${capital(block.label)} has ended.${happened(`${block.label} was started`, block.place)}`
     return this.#refused(new AmbientError('AMBIENT_BLOCK_ENDED', what, { database: this.name }))
   }
 
   refuseBehind(holder: Occupant, waiter: Occupant): AmbientError {
     const details = { database: this.name }
-    const places = [holder, waiter]
-      .map(({ label, place }) => (place ? `\n${label} was started\n${place}\n` : ''))
-      .join('')
+    const places = [holder, waiter].map(({ label, place }) => happened(`${label} was started`, place)).join('')
     if (holder.exclusive === 'stream') {
       const what = `A stream is open, so ${waiter.label} was refused.${places}`
       return this.#refused(new AmbientError('AMBIENT_STREAM_OPEN', what, details))
@@ -613,8 +610,8 @@ export class Session<Connection>
     this.#closed = this.#owner.fenced
       ? this.#contextEnded
       : () => {
-          const where = this.#closedAt ? `\nIt was closed\n${this.#closedAt}\n` : ''
-          return new AmbientError('AMBIENT_SESSION_CLOSED', `The session was closed.${where}`, { database: this.name })
+          const what = `The session was closed.${happened('It was closed', this.#closedAt)}`
+          return new AmbientError('AMBIENT_SESSION_CLOSED', what, { database: this.name })
         }
     this.#owner.forget(this.#database, this)
     this.lane.close(this.#closed)

@@ -6,6 +6,7 @@ import type { Holder } from './holder.ts'
 import { dropHooks, moveHooks } from './hooks.ts'
 import { assertLive, type Failure, hasEnded, Level } from './level.ts'
 import { bounded, sleep } from './time.ts'
+import { happened } from './trace.ts'
 
 const lostWhat = 'The connection was lost before COMMIT was sent.'
 const endedWhat =
@@ -63,7 +64,7 @@ export class Transaction<Connection> {
 
   /** For errors that speak of a transaction that is open; empty unless tracing (O2). */
   get whereBegun(): string {
-    return this.#place ? `\nIt was begun\n${this.#place}\n` : ''
+    return happened('It was begun', this.#place)
   }
 
   get atDatabase(): boolean {
