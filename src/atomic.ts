@@ -3,7 +3,7 @@ import type { TransactionSettings } from './adapter.ts'
 import { currentScope, runInScope, type Scope, type ScopeBlock } from './context.ts'
 import { AmbientError, stateRolledBack } from './errors.ts'
 import { Lane, type Occupant } from './lane.ts'
-import type { Level } from './level.ts'
+import { Level } from './level.ts'
 import type { Session } from './session.ts'
 import { bounded, sleep } from './time.ts'
 
@@ -133,8 +133,8 @@ async function runAtomic<Connection, Result>(
     const outer = enclosing?.level ?? transaction.root
     const open = enclosing !== undefined || transaction.opened
     if (open && mode === 'raise') throw transactionOpen(session, label)
-    if (open && mode === 'commit') await session.commitNow()
-    if (open && mode === 'rollback') await session.rollbackNow()
+    if (open && mode === 'commit') await session.ending.commit()
+    if (open && mode === 'rollback') await session.ending.rollback()
     if (mode === 'join' || (open && mode === 'savepoint')) return nested(session, mode, outer, settings, attempt)
     if (open && mode === 'append') {
       transaction.agree(settings)
@@ -171,12 +171,33 @@ async function nested<Connection, Result>(
   transaction.assertUsable(outer)
   const letGo = transaction.claim(settings)
   try {
-    return await (mode === 'join' ? attempt(outer) : session.withSavepoint(outer, attempt))
+    return await (mode === 'join' ? attempt(outer) : withSavepoint(session, outer, attempt))
   } catch (error) {
     if (mode === 'join' && (transaction.opened || enclosed)) transaction.doom(outer, error)
     throw error
   } finally {
     letGo()
+  }
+}
+
+/** With nothing open, the savepoint is the transaction that is committed at its end (A7). */
+async function withSavepoint<Connection, Result>(
+  { name, transaction }: Session<Connection>,
+  outer: Level,
+  attempt: (level: Level) => Promise<Result>,
+): Promise<Result> {
+  const level = new Level(outer)
+  const refusal = () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: name })
+  try {
+    const result = await attempt(level)
+    await transaction.releaseLevel(level)
+    return result
+  } catch (error) {
+    level.refusal ??= refusal
+    await transaction.rollbackLevel(level)
+    throw error
+  } finally {
+    level.refusal ??= refusal
   }
 }
 
@@ -189,7 +210,7 @@ async function owning<Connection, Result>(
 ): Promise<Result> {
   for (let count = 1; ; count++) {
     const transaction = session.transaction
-    const resetHooks = session.rememberHooks()
+    const resetHooks = session.ending.rememberHooks()
     if (!transaction.opened) {
       transaction.agree(settings)
       transaction.claimed = true
@@ -199,12 +220,12 @@ async function owning<Connection, Result>(
     try {
       const result = await attempt(transaction.root)
       unsettled = false
-      await session.commitNow()
+      await session.ending.commit()
       return result
     } catch (error) {
       const again = count < attempts && session.isRetryable(error)
       const open = unsettled || session.transaction === transaction
-      if (open && (await session.rollbackNow(error))) stateRolledBack(error)
+      if (open && (await session.ending.rollback(error))) stateRolledBack(error)
       if (!again) throw error
       resetHooks()
     }

@@ -88,14 +88,14 @@ export class NativeTransaction<Connection> implements NativeBlock {
     const undo = async () => {
       base.refusal ??= () => session.blockEnded(block)
       if (!owns) await transaction.rollbackLevel(base)
-      else if (session.transaction === transaction) await session.rollbackNow()
+      else if (session.transaction === transaction) await session.ending.rollback()
     }
     try {
       if (outcome === 'commit') await block.join()
       await block.end()
       mergeLevels(block.level, base)
       if (outcome === 'rollback') await undo()
-      else if (owns) await session.commitNow()
+      else if (owns) await session.ending.commit()
       else await transaction.releaseLevel(base)
     } catch (error) {
       await block.end()

@@ -1,22 +1,14 @@
 import type { NativeBlock, OpenStream, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
-import { type AtomicOptions, atomic, Block } from './atomic.ts'
+import { type AtomicOptions, atomic, type Block } from './atomic.ts'
 import { type Context, currentScope, enclosingScopes, insideHook, nextNumber, runAfterHooks } from './context.ts'
 import type { DatabaseCore } from './database.ts'
+import { Ending } from './ending.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { type SessionEvent, sessionChannel } from './events.ts'
 import { Holder } from './holder.ts'
-import {
-  type AfterHook,
-  afterHook,
-  byRegistration,
-  copyHooks,
-  dropHooks,
-  type Hook,
-  type Hooks,
-  moveHooks,
-} from './hooks.ts'
+import { type AfterHook, afterHook, type Hook, type Hooks } from './hooks.ts'
 import { type Bound, Lane, type LaneHost, type Occupant } from './lane.ts'
-import { hasEnded, Level } from './level.ts'
+import { hasEnded, type Level } from './level.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
 import { drained } from './time.ts'
@@ -73,6 +65,7 @@ export class Session<Connection>
   readonly id: number = nextNumber()
   readonly lane: Lane
   readonly holder: Holder<Connection>
+  readonly ending: Ending<Connection>
   transaction: Transaction<Connection>
   readonly #database: DatabaseCore<Connection>
   readonly #owner: Context
@@ -81,12 +74,6 @@ export class Session<Connection>
   #closed: (() => AmbientError) | undefined
   /** Where it was closed by hand, while tracing. */
   #closedAt: string | undefined
-  #prepared = false
-  /** The COMMIT that is under way. */
-  #ending: Promise<void> | undefined
-  /** Something of it is committed already, so its end cannot say that everything was rolled back. */
-  #committed = false
-  #deferred: AfterHook[] = []
   #destroyStream: ((error: Error) => void) | undefined
   #streamEnd: AmbientError | undefined
 
@@ -96,6 +83,7 @@ export class Session<Connection>
     this.#settings = settings
     this.lane = new Lane(this)
     this.holder = new Holder(this, database, settings.hold)
+    this.ending = new Ending(this, database)
     this.transaction = new Transaction(this, settings.transaction)
     database.sessions.add(this)
     this.publish('opened')
@@ -251,13 +239,13 @@ export class Session<Connection>
 
   commit = (): Promise<void> => {
     return this.#actOutside('commit()', async () => {
-      if (this.inTransaction) await this.commitNow()
+      if (this.inTransaction) await this.ending.commit()
     })
   }
 
   rollback = (): Promise<void> => {
     return this.#actOutside('rollback()', async () => {
-      if (this.inTransaction) await this.rollbackNow()
+      if (this.inTransaction) await this.ending.rollback()
     })
   }
 
@@ -270,8 +258,8 @@ export class Session<Connection>
         throw new AmbientError('AMBIENT_TRANSACTION_OPEN', what, { database: this.name })
       }
       this.#closedAt = closedAt
-      if (outcome === 'rollback') await this.rollbackNow()
-      else await this.commitNow()
+      if (outcome === 'rollback') await this.ending.rollback()
+      else await this.ending.commit()
       await this.#die()
     })
   }
@@ -289,14 +277,14 @@ export class Session<Connection>
   }
 
   afterCommit = (hook: Hook): void => {
-    this.#hooks().afterCommit.push(afterHook(hook, this.#hookFailed))
+    this.#hooks().afterCommit.push(afterHook(hook, this.hookFailed))
   }
 
   afterRollback = (hook: Hook): void => {
-    this.#hooks().afterRollback.push(afterHook(hook, this.#hookFailed))
+    this.#hooks().afterRollback.push(afterHook(hook, this.hookFailed))
   }
 
-  #hookFailed = (error: unknown): void => {
+  readonly hookFailed = (error: unknown): void => {
     this.publish('hook-failed', { error })
     this.#database.reportHookError(error)
   }
@@ -344,7 +332,7 @@ export class Session<Connection>
         try {
           return await work()
         } finally {
-          hooks = this.#deferred.splice(0).sort(byRegistration)
+          hooks = this.ending.takeDue()
         }
       })
     } finally {
@@ -386,9 +374,6 @@ export class Session<Connection>
     return error
   }
 
-  #transactionEnded = (): AmbientError =>
-    new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.name })
-
   #contextEnded = (): AmbientError => this.#database.contextEnded(this.#owner)
 
   blockEnded(block: Block<Connection>): AmbientError {
@@ -418,128 +403,22 @@ export class Session<Connection>
     return false
   }
 
-  /** Runs `work` with a savepoint of `outer`; with nothing open, in a transaction that is committed at its end (A7). */
-  async withSavepoint<Result>(outer: Level, work: (level: Level) => Promise<Result>): Promise<Result> {
-    const { transaction } = this
-    const level = new Level(outer)
-    const refusal = () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: this.name })
-    try {
-      const result = await work(level)
-      await transaction.releaseLevel(level)
-      return result
-    } catch (error) {
-      level.refusal ??= refusal
-      await transaction.rollbackLevel(level)
-      throw error
-    } finally {
-      level.refusal ??= refusal
-    }
-  }
+  // Its transaction
 
-  /** Hooks, then COMMIT. A transaction that cannot commit stays for a rollback; a veto rolls back. */
-  async commitNow(): Promise<void> {
-    const { transaction } = this
-    transaction.assertUsable(transaction.root)
-    try {
-      while (await this.prepare());
-    } catch (error) {
-      await this.rollbackNow(error)
-      throw error
-    }
-    await this.#commit()
-  }
-
-  async rollbackNow(error?: unknown): Promise<boolean> {
-    const { transaction } = this
-    const { opened, root } = transaction
-    root.refusal ??= this.#transactionEnded
-    const said = await transaction.rollback(error)
-    const unknown = root.failure?.outcome === 'unknown'
-    if (transaction === this.transaction) this.#renew(unknown ? undefined : 'afterRollback', opened)
-    return said
-  }
-
-  /** Returns what brings back the hooks of this moment, without those of an attempt that failed (A5). */
-  rememberHooks(): () => void {
-    const { root } = this.transaction
-    const before = copyHooks(root.hooks)
-    const deferred = this.#deferred.length
-    return () => {
-      for (const dropped of this.#deferred.splice(deferred)) dropped.leave?.()
-      moveHooks(before, this.transaction.root.hooks)
-    }
-  }
-
-  /** Runs the beforeCommit hooks that are due, each in a block of its own (K1). */
-  prepare(): Promise<true> | undefined {
-    const { transaction } = this
-    const { root } = transaction
-    transaction.assertUsable(root)
-    const due = root.hooks.beforeCommit.splice(0)
-    const ownHook = this.#database.hooks.beforeCommit
-    if (transaction.opened && !transaction.prepared) {
-      transaction.prepared = true
-      if (ownHook) due.unshift(() => ownHook(this))
-    }
-    return due.length > 0 ? this.#runBeforeCommit(due) : undefined
-  }
-
-  async #runBeforeCommit(hooks: Hook[]): Promise<true> {
-    const { transaction } = this
-    for (const hook of hooks) await this.#runHook('beforeCommit hook', hook)
-    transaction.assertUsable(transaction.root)
-    return true
+  /** The transaction has ended: the next statement opens a new one. */
+  renew(): void {
+    this.transaction = new Transaction(this, this.#settings.transaction)
   }
 
   get afterBegin(): (() => Promise<void>) | undefined {
-    const hook = this.#database.hooks.afterBegin
-    return hook && (() => this.#runHook('afterBegin hook', () => hook(this)))
-  }
-
-  async #runHook(label: string, hook: Hook): Promise<void> {
-    const block = new Block<Connection>(this, label, this.transaction.root, this.#owner.scope, true)
-    await block.run(hook)
-  }
-
-  async #commit(): Promise<void> {
-    const ending = this.#commitTransaction()
-    this.#ending = ending
-    try {
-      await ending
-    } finally {
-      this.#ending = undefined
-    }
-  }
-
-  async #commitTransaction(): Promise<void> {
-    const { transaction } = this
-    const opened = transaction.opened
-    try {
-      await transaction.commit()
-      if (opened) this.#committed = true
-      this.#renew('afterCommit', opened)
-    } catch (error) {
-      if (transaction.holdsConnection) await transaction.rollback(error) // COMMIT was never sent
-      this.#renew(isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') ? undefined : 'afterRollback', opened)
-      throw error
-    }
-  }
-
-  /** A transaction has ended: the next statement opens a new one. */
-  #renew(when: 'afterCommit' | 'afterRollback' | undefined, opened: boolean): void {
-    const { root } = this.transaction
-    root.refusal ??= this.#transactionEnded
-    this.transaction = new Transaction(this, this.#settings.transaction)
-    const hooks = copyHooks(root.hooks)
-    dropHooks(root.hooks) // whoever still points at the block pins none of them
-    if (!when) return
-    const own = opened ? this.#database.hooks[when] : undefined
-    const due = hooks[when]
-    if (own) due.unshift({ order: this.order, run: () => own(), onError: this.#hookFailed })
-    for (const hook of due) this.#deferred.push({ ...hook, leave: this.#database.engines.hooks.enter() })
+    return this.ending.afterBegin
   }
 
   // Participant: how its context ends it
+
+  prepare(): Promise<true> | undefined {
+    return this.ending.prepare()
+  }
 
   quiet(bound: Bound): Promise<void> {
     return this.lane.quiet(bound)
@@ -571,7 +450,7 @@ export class Session<Connection>
   }
 
   async stop(cancel: boolean): Promise<void> {
-    await this.#ending?.catch(() => {}) // a COMMIT that was sent is awaited, whoever asked for it (C8)
+    await this.ending.underWay?.catch(() => {}) // a COMMIT that was sent is awaited, whoever asked for it (C8)
     await this.transaction.stop(cancel)
   }
 
@@ -583,16 +462,16 @@ export class Session<Connection>
 
   async commitAtEnd(): Promise<void> {
     try {
-      await this.#commit()
+      await this.ending.sendCommit()
     } finally {
-      this.#owner.defer(this.#deferred.splice(0))
+      this.#owner.defer(this.ending.takeDue())
     }
   }
 
   async rollbackAtEnd(error: unknown): Promise<boolean> {
-    const said = await this.rollbackNow(error)
-    this.#owner.defer(this.#deferred.splice(0))
-    return said && !this.#committed
+    const said = await this.ending.rollback(error)
+    this.#owner.defer(this.ending.takeDue())
+    return said && !this.ending.committed
   }
 
   closeAtEnd(): Promise<void> {

@@ -1,0 +1,135 @@
+import { Block } from './atomic.ts'
+import type { DatabaseCore } from './database.ts'
+import { AmbientError, isAmbientError } from './errors.ts'
+import { type AfterHook, byRegistration, copyHooks, dropHooks, type Hook, moveHooks } from './hooks.ts'
+import type { Session } from './session.ts'
+
+/** How the transactions of a session end, one after the other: hooks, COMMIT or ROLLBACK, and the hooks that run after (K1, K2). */
+export class Ending<Connection> {
+  /** Something of the session is committed already, so its end cannot say that everything was rolled back. */
+  committed = false
+  /** The COMMIT that is under way. */
+  underWay: Promise<void> | undefined
+  readonly #session: Session<Connection>
+  readonly #database: DatabaseCore<Connection>
+  /** After-hooks that came due, until the session is free again. */
+  #due: AfterHook[] = []
+
+  constructor(session: Session<Connection>, database: DatabaseCore<Connection>) {
+    this.#session = session
+    this.#database = database
+  }
+
+  /** Hooks, then COMMIT. A transaction that cannot commit stays for a rollback; a veto rolls back. */
+  async commit(): Promise<void> {
+    const { transaction } = this.#session
+    transaction.assertUsable(transaction.root)
+    try {
+      while (await this.prepare());
+    } catch (error) {
+      await this.rollback(error)
+      throw error
+    }
+    await this.sendCommit()
+  }
+
+  /** Resolves with whether the server said that it rolled back. */
+  async rollback(error?: unknown): Promise<boolean> {
+    const { transaction } = this.#session
+    const { opened, root } = transaction
+    root.refusal ??= this.#transactionEnded
+    const said = await transaction.rollback(error)
+    const unknown = root.failure?.outcome === 'unknown'
+    if (transaction === this.#session.transaction) this.#renew(unknown ? undefined : 'afterRollback', opened)
+    return said
+  }
+
+  /** Runs the beforeCommit hooks that are due, each in a block of its own (K1). */
+  prepare(): Promise<true> | undefined {
+    const { transaction } = this.#session
+    const { root } = transaction
+    transaction.assertUsable(root)
+    const due = root.hooks.beforeCommit.splice(0)
+    const ownHook = this.#database.hooks.beforeCommit
+    if (transaction.opened && !transaction.prepared) {
+      transaction.prepared = true
+      if (ownHook) due.unshift(() => ownHook(this.#session))
+    }
+    return due.length > 0 ? this.#runBeforeCommit(due) : undefined
+  }
+
+  async #runBeforeCommit(hooks: Hook[]): Promise<true> {
+    const { transaction } = this.#session
+    for (const hook of hooks) await this.#runHook('beforeCommit hook', hook)
+    transaction.assertUsable(transaction.root)
+    return true
+  }
+
+  /** The database's hook for right after BEGIN, if it has one. */
+  get afterBegin(): (() => Promise<void>) | undefined {
+    const hook = this.#database.hooks.afterBegin
+    return hook && (() => this.#runHook('afterBegin hook', () => hook(this.#session)))
+  }
+
+  async #runHook(label: string, hook: Hook): Promise<void> {
+    const { transaction, owner } = this.#session
+    const block = new Block<Connection>(this.#session, label, transaction.root, owner.scope, true)
+    await block.run(hook)
+  }
+
+  /** COMMIT without the hooks before it. */
+  async sendCommit(): Promise<void> {
+    this.underWay = this.#commitTransaction()
+    try {
+      await this.underWay
+    } finally {
+      this.underWay = undefined
+    }
+  }
+
+  async #commitTransaction(): Promise<void> {
+    const { transaction } = this.#session
+    const opened = transaction.opened
+    try {
+      await transaction.commit()
+      if (opened) this.committed = true
+      this.#renew('afterCommit', opened)
+    } catch (error) {
+      if (transaction.holdsConnection) await transaction.rollback(error) // COMMIT was never sent
+      this.#renew(isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') ? undefined : 'afterRollback', opened)
+      throw error
+    }
+  }
+
+  /** A transaction has ended: the next statement opens a new one. */
+  #renew(when: 'afterCommit' | 'afterRollback' | undefined, opened: boolean): void {
+    const { root } = this.#session.transaction
+    root.refusal ??= this.#transactionEnded
+    this.#session.renew()
+    const hooks = copyHooks(root.hooks)
+    dropHooks(root.hooks) // whoever still points at the block pins none of them
+    if (!when) return
+    const own = opened ? this.#database.hooks[when] : undefined
+    const due = hooks[when]
+    if (own) due.unshift({ order: this.#database.order, run: () => own(), onError: this.#session.hookFailed })
+    for (const hook of due) this.#due.push({ ...hook, leave: this.#database.engines.hooks.enter() })
+  }
+
+  /** Hands over the after-hooks that came due, in the order of registration. */
+  takeDue(): AfterHook[] {
+    return this.#due.splice(0).sort(byRegistration)
+  }
+
+  /** Returns what brings back the hooks of this moment, without those of an attempt that failed (A5). */
+  rememberHooks(): () => void {
+    const before = copyHooks(this.#session.transaction.root.hooks)
+    const due = this.#due.length
+    return () => {
+      for (const dropped of this.#due.splice(due)) dropped.leave?.()
+      moveHooks(before, this.#session.transaction.root.hooks)
+    }
+  }
+
+  #transactionEnded = (): AmbientError =>
+    new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.#database.name })
+}
