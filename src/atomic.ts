@@ -55,7 +55,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
 
   /** Awaits what is under way in it; the first failure is thrown. */
   async join(): Promise<void> {
-    this.session.endStreamIn(this.inner)
+    this.session.streams.endIn(this.inner, 'the end of its block')
     const timeout = this.session.settleTimeout
     await this.inner.quiet((waiting) =>
       bounded(waiting, timeout, () => {
@@ -68,7 +68,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   /** Lets nothing in any more and awaits (or cancels) what is at the database. */
   async end(cancel = false): Promise<void> {
     this.live = false
-    this.session.endStreamIn(this.inner)
+    this.session.streams.endIn(this.inner, 'the end of its block')
     this.inner.answerFor()
     this.inner.close(() => this.session.blockEnded(this))
     await this.session.stop(cancel)

@@ -11,7 +11,7 @@ import { type Bound, Lane, type LaneHost, type Occupant } from './lane.ts'
 import { hasEnded, type Level } from './level.ts'
 import { NativeTransaction } from './native.ts'
 import type { Participant } from './settle.ts'
-import { drained } from './time.ts'
+import { Streams } from './stream.ts'
 import { callerStack, happened } from './trace.ts'
 import { Transaction, type TransactionHost } from './transaction.ts'
 
@@ -65,6 +65,7 @@ export class Session<Connection>
   readonly id: number = nextNumber()
   readonly lane: Lane
   readonly holder: Holder<Connection>
+  readonly streams: Streams<Connection> = new Streams(this)
   readonly ending: Ending<Connection>
   transaction: Transaction<Connection>
   readonly #database: DatabaseCore<Connection>
@@ -74,8 +75,6 @@ export class Session<Connection>
   #closed: (() => AmbientError) | undefined
   /** Where it was closed by hand, while tracing. */
   #closedAt: string | undefined
-  #destroyStream: ((error: Error) => void) | undefined
-  #streamEnd: AmbientError | undefined
 
   constructor(database: DatabaseCore<Connection>, owner: Context, settings: SessionSettings) {
     this.#database = database
@@ -187,35 +186,7 @@ export class Session<Connection>
   async openStream(destroy: (error: Error) => void, native?: NativeBlock): Promise<OpenStream<Connection>> {
     const block = this.#blockFor(native)
     this.assertAccepts()
-    const lane = block?.inner ?? this.lane
-    const occupant: Occupant = { label: 'a stream', place: this.place(), exclusive: 'stream' }
-    return new Promise<OpenStream<Connection>>((resolve, reject) => {
-      const turn = async () => {
-        let end: (failure: unknown) => void = () => {}
-        const ended = new Promise<unknown>((resolveEnd) => {
-          end = resolveEnd
-        })
-        const closing = () => {
-          occupant.exclusive = undefined
-        }
-        const close = (failure?: unknown) => {
-          closing()
-          end(failure)
-        }
-        const level = block?.level ?? this.transaction.root
-        const { connection, lost, settle } = await this.transaction.openStream(level, ended)
-        this.#destroyStream = destroy
-        resolve({ connection, lost, closing, close })
-        if (this.#streamEnd) await drained().then(() => this.#streamEnd && destroy(this.#streamEnd)) // it is in its owner's hands now
-        const startedAt = performance.now()
-        const failure = await ended
-        this.publish('statement', { duration: performance.now() - startedAt, error: failure })
-        await settle(failure)
-        this.#destroyStream = undefined
-        this.#streamEnd = undefined
-      }
-      lane.run(occupant, turn).catch(reject)
-    })
+    return this.streams.open(block?.inner ?? this.lane, () => block?.level ?? this.transaction.root, destroy)
   }
 
   createBlock(): NativeTransaction<Connection> {
@@ -425,22 +396,7 @@ export class Session<Connection>
   }
 
   endStream(way: 'destroy' | 'refuse'): void {
-    const stream = this.lane.stream
-    if (!stream) return
-    const error = this.refuseBehind(stream, { label: 'the end of the context' })
-    if (way === 'refuse') throw error
-    this.#endStreamWith(error)
-  }
-
-  /** Ends a stream that is open in a block that ends. */
-  endStreamIn(lane: Lane): void {
-    const stream = lane.stream
-    if (stream) this.#endStreamWith(this.refuseBehind(stream, { label: 'the end of its block' }))
-  }
-
-  #endStreamWith(error: AmbientError): void {
-    this.#streamEnd = error // for one that has not had its turn yet
-    this.#destroyStream?.(error)
+    this.streams.endIn(this.lane, 'the end of the context', way)
   }
 
   fence(): void {
