@@ -1,7 +1,7 @@
 import { Abortion, type AbortOptions } from './abortion.ts'
 import type { TransactionSettings } from './adapter.ts'
 import { currentScope, runInScope, type Scope, type ScopeBlock } from './context.ts'
-import { AmbientError, stateRolledBack } from './errors.ts'
+import { AmbientError, stateOutcome } from './errors.ts'
 import { Lane, type Occupant } from './lane.ts'
 import { Level } from './level.ts'
 import type { Session } from './session.ts'
@@ -225,7 +225,7 @@ async function owning<Connection, Result>(
     } catch (error) {
       const again = count < attempts && session.isRetryable(error)
       const open = unsettled || session.transaction === transaction
-      if (open && (await session.ending.rollback(error))) stateRolledBack(error)
+      if (open) stateOutcome(error, await session.ending.rollback(error))
       if (!again) throw error
       resetHooks()
     }

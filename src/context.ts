@@ -146,6 +146,8 @@ export class Context implements AmbientContext, Unit {
   #fenced = false
   #settlement: Promise<void> | undefined
   #outcome: 'commit' | 'rollback' | undefined
+  /** Something of it is committed, or may be: statements on their own, a commit by hand, a rollback without an answer. */
+  committed = false
   /** Where it was ended, while tracing. */
   endedAt: string | undefined
   #controller: AbortController | undefined

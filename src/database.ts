@@ -232,13 +232,11 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   changeHost = (host: string): Promise<void> => this.engines.changeHost(host)
 
   shutdown = (): Promise<void> => {
-    const error = new AmbientError('AMBIENT_SHUT_DOWN', 'It was shut down while work was under way.', {
-      database: this.name,
-      statusCode: 503,
-    })
+    const details = { database: this.name, statusCode: 503 }
+    const refusal = () => new AmbientError('AMBIENT_SHUT_DOWN', 'It was shut down while work was under way.', details)
     return this.engines.shutdown(async () => {
       const used = [...this.sessions].filter((session) => session.touched)
-      await Promise.all(used.map((session) => session.abort(error)))
+      await Promise.all(used.map((session) => session.abort(refusal()))) // each its own, which says what became of its work
     })
   }
 

@@ -6,8 +6,6 @@ import type { Session } from './session.ts'
 
 /** How the transactions of a session end, one after the other: hooks, COMMIT or ROLLBACK, and the hooks that run after (K1, K2). */
 export class Ending<Connection> {
-  /** Something of the session is committed already, so its end cannot say that everything was rolled back. */
-  committed = false
   /** The COMMIT that is under way. */
   underWay: Promise<void> | undefined
   readonly #session: Session<Connection>
@@ -39,6 +37,7 @@ export class Ending<Connection> {
     const { opened, root } = transaction
     root.refusal ??= this.#transactionEnded
     const said = await transaction.rollback(error)
+    if (!said) this.#session.mayHaveCommitted()
     const unknown = root.failure?.outcome === 'unknown'
     if (transaction === this.#session.transaction) this.#renew(unknown ? undefined : 'afterRollback', opened)
     return said
@@ -92,11 +91,13 @@ export class Ending<Connection> {
     const opened = transaction.opened
     try {
       await transaction.commit()
-      if (opened) this.committed = true
+      if (opened) this.#session.mayHaveCommitted()
       this.#renew('afterCommit', opened)
     } catch (error) {
       if (transaction.holdsConnection) await transaction.rollback(error) // COMMIT was never sent
-      this.#renew(isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') ? undefined : 'afterRollback', opened)
+      const unknown = isAmbientError(error) && error.outcome === 'unknown'
+      if (unknown) this.#session.mayHaveCommitted()
+      this.#renew(unknown ? undefined : 'afterRollback', opened)
       throw error
     }
   }

@@ -132,7 +132,14 @@ export function attachCleanupError(error: unknown, second: unknown): void {
   else Object.defineProperty(error, 'cleanupErrors', { value: [second], configurable: true })
 }
 
-/** Says on an error of ours that everything was rolled back, once the servers have said so. */
-export function stateRolledBack(error: unknown): void {
-  if (isAmbientError(error) && error.outcome === undefined) Object.assign(error, { outcome: 'rolled-back' })
+const spoken = new WeakSet<AmbientError>()
+
+/**
+ * Says on an error of ours whether all of a unit's work was rolled back. The unit that threw it knows; those around it, which the
+ * error passes later, have only their own work to speak of.
+ */
+export function stateOutcome(error: unknown, rolledBack: boolean): void {
+  if (!isAmbientError(error) || spoken.has(error)) return
+  spoken.add(error)
+  if (rolledBack && error.outcome === undefined) Reflect.set(error, 'outcome', 'rolled-back') // a frozen one stays as it is
 }

@@ -381,6 +381,10 @@ export class Session<Connection>
     this.transaction = new Transaction(this, this.#settings.transaction)
   }
 
+  mayHaveCommitted(): void {
+    this.#owner.committed = true
+  }
+
   get afterBegin(): (() => Promise<void>) | undefined {
     return this.ending.afterBegin
   }
@@ -427,7 +431,7 @@ export class Session<Connection>
   async rollbackAtEnd(error: unknown): Promise<boolean> {
     const said = await this.ending.rollback(error)
     this.#owner.defer(this.ending.takeDue())
-    return said && !this.ending.committed
+    return said
   }
 
   closeAtEnd(): Promise<void> {

@@ -1,4 +1,4 @@
-import { AmbientError, attachCleanupError, isAmbientError, stateRolledBack } from './errors.ts'
+import { AmbientError, attachCleanupError, isAmbientError, stateOutcome } from './errors.ts'
 import type { Bound } from './lane.ts'
 import { bounded } from './time.ts'
 
@@ -40,6 +40,8 @@ export interface Unit {
   readonly streams: 'destroy' | 'refuse'
   readonly unawaited: 'join' | 'error'
   readonly settleTimeout: number | undefined
+  /** Something of it is committed, or may be, so its end cannot say that everything was rolled back. */
+  readonly committed: boolean
   /** Set once the unit was aborted: the error to end with. */
   readonly abortion: AmbientError | undefined
   /** Rejects when the unit is aborted. */
@@ -87,7 +89,7 @@ export async function rollbackAll(unit: Unit, error: unknown): Promise<void> {
   unit.fence()
   const waitedEnough = unit.abortion !== undefined || isAmbientError(error, 'AMBIENT_SETTLE_TIMEOUT')
   const said = await rollbackEach(unit.participants(), error, waitedEnough)
-  if (said) stateRolledBack(error)
+  stateOutcome(error, said && !unit.committed)
 }
 
 /** Resolves with whether every server said that it rolled back. */

@@ -20,6 +20,8 @@ export interface TransactionHost<Connection> {
   readonly acquireTimeout: number
   readonly settleTimeout: number
   readonly holder: Holder<Connection>
+  /** Something is committed, or may be, that a rollback of this transaction does not undo. */
+  mayHaveCommitted(): void
   /** Where the caller is, while tracing. */
   place(): string | undefined
   /** Runs the database's `afterBegin` hook, if there is one. */
@@ -44,6 +46,8 @@ export class Transaction<Connection> {
   readonly #host: TransactionHost<Connection>
   #lease: Lease<Connection> | undefined
   #begun: Promise<void> | undefined
+  /** The ROLLBACK that is under way or was; resolves with whether the server said so. */
+  #cleaning: Promise<boolean> | undefined
   #acquiring = false
   /** The connection that BEGIN was sent on. */
   #beginning: Lease<Connection> | undefined
@@ -156,6 +160,7 @@ export class Transaction<Connection> {
     if (!alone && !level.opened) await this.open(level)
     if (this.#begun) await this.#checkBegin()
     const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
+    if (alone) this.#host.mayHaveCommitted()
     this.#stream = ended
     this.#lease = lease
     const lost = new Promise<never>((_, reject) => {
@@ -307,6 +312,7 @@ export class Transaction<Connection> {
     this.#startedAt = performance.now()
     try {
       assertLive(level)
+      this.#host.mayHaveCommitted()
       return await this.#onWire(statement(lease.connection))
     } catch (error) {
       if (lease.adapter.traits(error).reply === 'unanswered') broken = asError(error)
@@ -408,7 +414,7 @@ export class Transaction<Connection> {
   async rollback(error?: unknown): Promise<boolean> {
     await this.stop(false) // a block inside that was cut off may be at its end
     const lease = this.#lease
-    if (!lease || !this.opened) return true
+    if (!lease || !this.opened) return this.#cleaning ?? true
     this.#lease = undefined
     const { failure } = this.root
     if (failure?.outcome === 'unknown') attachCleanupError(error, this.#aborted(failure))
@@ -417,7 +423,12 @@ export class Transaction<Connection> {
   }
 
   /** Shows the connection clean by an answered ROLLBACK, or destroys it (S7). */
-  async #cleanUp(lease: Lease<Connection>, error: unknown): Promise<boolean> {
+  #cleanUp(lease: Lease<Connection>, error: unknown): Promise<boolean> {
+    this.#cleaning = this.#rollBackOn(lease, error)
+    return this.#cleaning
+  }
+
+  async #rollBackOn(lease: Lease<Connection>, error: unknown): Promise<boolean> {
     try {
       if (lease.lost) throw lease.lost
       await this.#onWire(this.#bounded(lease.adapter.rollback(lease.connection)))

@@ -10,7 +10,7 @@ import {
 import { pgAdapter } from 'ambient-db/pg'
 import { Pool } from 'pg'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
-import { attachCleanupError, catalogue, stateRolledBack } from '../../src/errors.ts'
+import { attachCleanupError, catalogue, stateOutcome } from '../../src/errors.ts'
 import { createDatabase, type TestDatabase } from '../support/postgres.ts'
 
 const codes = Object.keys(catalogue) as AmbientErrorCode[]
@@ -106,7 +106,7 @@ describe('an error', () => {
     const fresh = new AmbientError('AMBIENT_TIMEOUT', 'x')
     const unknown = new AmbientError('AMBIENT_COMMIT_UNKNOWN', 'x', { outcome: 'unknown' })
     const foreign = new Error('x')
-    for (const error of [fresh, unknown, foreign, undefined]) stateRolledBack(error)
+    for (const error of [fresh, unknown, foreign, undefined]) stateOutcome(error, true)
     expect([fresh.outcome, unknown.outcome, 'outcome' in foreign]).toEqual(['rolled-back', 'unknown', false])
   })
 })
