@@ -4,7 +4,9 @@ import type { ErrorTraits } from './adapter.ts'
 export function postgresErrorTraits(error: unknown): ErrorTraits {
   const { severity, code } = (error ?? {}) as { severity?: unknown; code?: unknown }
   if (typeof severity !== 'string' || typeof code !== 'string' || !/^[0-9A-Z]{5}$/.test(code)) {
-    return notFromServer(error)
+    // What pg says instead of sending a query on a connection that it knows to be gone.
+    const lost = error instanceof Error && error.message.endsWith(' is not queryable')
+    return lost ? { reply: 'unsent', retryable: false, lost } : notFromServer(error)
   }
   // 40003: completion unknown. 08, 57P01-57P03: the connection is going away, perhaps after the work was done.
   const doubtful = code === '40003' || /^(?:08|57P0[1-3])/.test(code) || severity === 'FATAL' || severity === 'PANIC'
