@@ -42,6 +42,8 @@ export interface Result {
   readonly library: string
   readonly unit: string
   readonly violations: Violation[]
+  /** What was found when the case ran in company, if it was run again alone. */
+  readonly underLoad?: Violation[]
   /** What would be violations, if the documentation of the adapter did not declare them. */
   readonly declared: Violation[]
   /** Errors that said that the outcome is unknown. */
