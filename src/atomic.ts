@@ -1,7 +1,7 @@
 import { Abortion, type AbortOptions } from './abortion.ts'
 import type { TransactionSettings } from './adapter.ts'
 import { currentScope, runInScope, type Scope, type ScopeBlock } from './context.ts'
-import { AmbientError, stateOutcome } from './errors.ts'
+import { AmbientError, isAmbientError, stateOutcome } from './errors.ts'
 import { Lane, type Occupant } from './lane.ts'
 import { Level } from './level.ts'
 import type { Session } from './session.ts'
@@ -223,7 +223,7 @@ async function owning<Connection, Result>(
       await session.ending.commit()
       return result
     } catch (error) {
-      const again = count < attempts && session.isRetryable(error)
+      const again = count < attempts && isRetryable(session, error)
       const open = unsettled || session.transaction === transaction
       if (open) stateOutcome(error, await session.ending.rollback(error))
       if (!again) throw error
@@ -231,6 +231,14 @@ async function owning<Connection, Result>(
     }
     await sleep(Math.random() * Math.min(1000, 10 * 2 ** count)) // full jitter
   }
+}
+
+function isRetryable<Connection>({ database }: Session<Connection>, error: unknown): boolean {
+  for (let each = error; each instanceof Error; each = each.cause) {
+    if (isAmbientError(each) && (each.outcome === 'unknown' || each.outcome === 'partial')) return false
+    if (database.adapter.traits(each).retryable) return true
+  }
+  return false
 }
 
 function nestingError<Connection>(session: Session<Connection>, mode: CurrentTransaction): AmbientError {

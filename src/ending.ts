@@ -1,5 +1,4 @@
 import { Block } from './atomic.ts'
-import type { DatabaseCore } from './database.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { type AfterHook, byRegistration, copyHooks, dropHooks, type Hook, moveHooks } from './hooks.ts'
 import type { Session } from './session.ts'
@@ -9,13 +8,11 @@ export class Ending<Connection> {
   /** The COMMIT that is under way. */
   underWay: Promise<void> | undefined
   readonly #session: Session<Connection>
-  readonly #database: DatabaseCore<Connection>
   /** After-hooks that came due, until the session is free again. */
   #due: AfterHook[] = []
 
-  constructor(session: Session<Connection>, database: DatabaseCore<Connection>) {
+  constructor(session: Session<Connection>) {
     this.#session = session
-    this.#database = database
   }
 
   /** Hooks, then COMMIT. A transaction that cannot commit stays for a rollback; a veto rolls back. */
@@ -49,7 +46,7 @@ export class Ending<Connection> {
     const { root } = transaction
     transaction.assertUsable(root)
     const due = root.hooks.beforeCommit.splice(0)
-    const ownHook = this.#database.hooks.beforeCommit
+    const ownHook = this.#session.database.hooks.beforeCommit
     if (transaction.opened && !transaction.prepared) {
       transaction.prepared = true
       if (ownHook) due.unshift(() => ownHook(this.#session))
@@ -66,7 +63,7 @@ export class Ending<Connection> {
 
   /** The database's hook for right after BEGIN, if it has one. */
   get afterBegin(): (() => Promise<void>) | undefined {
-    const hook = this.#database.hooks.afterBegin
+    const hook = this.#session.database.hooks.afterBegin
     return hook && (() => this.#runHook('afterBegin hook', () => hook(this.#session)))
   }
 
@@ -110,10 +107,10 @@ export class Ending<Connection> {
     const hooks = copyHooks(root.hooks)
     dropHooks(root.hooks) // whoever still points at the block pins none of them
     if (!when) return
-    const own = opened ? this.#database.hooks[when] : undefined
+    const own = opened ? this.#session.database.hooks[when] : undefined
     const due = hooks[when]
-    if (own) due.unshift({ order: this.#database.order, run: () => own(), onError: this.#session.hookFailed })
-    for (const hook of due) this.#due.push({ ...hook, leave: this.#database.engines.hooks.enter() })
+    if (own) due.unshift({ order: this.#session.database.order, run: () => own(), onError: this.#session.hookFailed })
+    for (const hook of due) this.#due.push({ ...hook, leave: this.#session.database.engines.hooks.enter() })
   }
 
   /** Hands over the after-hooks that came due, in the order of registration. */
@@ -132,5 +129,5 @@ export class Ending<Connection> {
   }
 
   #transactionEnded = (): AmbientError =>
-    new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.#database.name })
+    new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.#session.database.name })
 }

@@ -3,7 +3,7 @@ import { type AtomicOptions, atomic, type Block } from './atomic.ts'
 import { type Context, currentScope, enclosingScopes, insideHook, nextNumber, runAfterHooks } from './context.ts'
 import type { DatabaseCore } from './database.ts'
 import { Ending } from './ending.ts'
-import { AmbientError, isAmbientError } from './errors.ts'
+import { AmbientError } from './errors.ts'
 import { type SessionEvent, sessionChannel } from './events.ts'
 import { Holder } from './holder.ts'
 import { type AfterHook, afterHook, type Hook, type Hooks } from './hooks.ts'
@@ -63,13 +63,13 @@ export class Session<Connection>
   implements AmbientSession<unknown>, Participant, Statements<Connection>, LaneHost, TransactionHost<Connection>
 {
   readonly id: number = nextNumber()
+  readonly database: DatabaseCore<Connection>
+  readonly owner: Context
   readonly lane: Lane
   readonly holder: Holder<Connection>
   readonly streams: Streams<Connection> = new Streams(this)
-  readonly ending: Ending<Connection>
+  readonly ending: Ending<Connection> = new Ending(this)
   transaction: Transaction<Connection>
-  readonly #database: DatabaseCore<Connection>
-  readonly #owner: Context
   readonly #settings: SessionSettings
   #handle: unknown
   #closed: (() => AmbientError) | undefined
@@ -77,12 +77,11 @@ export class Session<Connection>
   #closedAt: string | undefined
 
   constructor(database: DatabaseCore<Connection>, owner: Context, settings: SessionSettings) {
-    this.#database = database
-    this.#owner = owner
+    this.database = database
+    this.owner = owner
     this.#settings = settings
     this.lane = new Lane(this)
     this.holder = new Holder(this, database, settings.hold)
-    this.ending = new Ending(this, database)
     this.transaction = new Transaction(this, settings.transaction)
     database.sessions.add(this)
     this.publish('opened')
@@ -91,35 +90,27 @@ export class Session<Connection>
   // What others need to know of it
 
   get name(): string {
-    return this.#database.name
+    return this.database.name
   }
 
   get order(): number {
-    return this.#database.order
-  }
-
-  get owner(): Context {
-    return this.#owner
+    return this.database.order
   }
 
   get contextId(): number {
-    return this.#owner.id
-  }
-
-  get database(): object {
-    return this.#database
+    return this.owner.id
   }
 
   get acquireTimeout(): number {
-    return this.#database.acquireTimeout
+    return this.database.acquireTimeout
   }
 
   get blockTimeout(): number {
-    return this.#database.blockTimeout
+    return this.database.blockTimeout
   }
 
   get settleTimeout(): number {
-    return this.#owner.settleTimeout ?? this.#database.settleTimeout
+    return this.owner.settleTimeout ?? this.database.settleTimeout
   }
 
   get closed(): boolean {
@@ -146,18 +137,22 @@ export class Session<Connection>
     return this.busy || this.inTransaction || this.holder.holding || hasHooks(this.transaction.root.hooks)
   }
 
+  get holdsConnection(): boolean {
+    return this.transaction.holdsConnection || this.holder.holding
+  }
+
   get db(): unknown {
-    this.#handle ??= this.#database.adapter.createHandle(this)
+    this.#handle ??= this.database.adapter.createHandle(this)
     return this.#handle
   }
 
   host(): string | undefined {
-    return this.#database.host
+    return this.database.host
   }
 
   /** Where the caller is, for errors that speak of it later; only while tracing (O2). */
   place(): string | undefined {
-    return this.#database.trace ? callerStack() : undefined
+    return this.database.trace ? callerStack() : undefined
   }
 
   // Statements
@@ -231,7 +226,7 @@ export class Session<Connection>
       this.#closedAt = closedAt
       if (outcome === 'rollback') await this.ending.rollback()
       else await this.ending.commit()
-      await this.#die()
+      await this.closeAtEnd()
     })
   }
 
@@ -257,7 +252,7 @@ export class Session<Connection>
 
   readonly hookFailed = (error: unknown): void => {
     this.publish('hook-failed', { error })
-    this.#database.reportHookError(error)
+    this.database.reportHookError(error)
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -336,7 +331,7 @@ export class Session<Connection>
   }
 
   #refusal(): AmbientError | undefined {
-    const refusal = this.#closed ?? (this.#owner.fenced && !insideHook(this.#owner) ? this.#contextEnded : undefined)
+    const refusal = this.#closed ?? (this.owner.fenced && !insideHook(this.owner) ? this.#contextEnded : undefined)
     return refusal && this.#refused(refusal())
   }
 
@@ -345,7 +340,7 @@ export class Session<Connection>
     return error
   }
 
-  #contextEnded = (): AmbientError => this.#database.contextEnded(this.#owner)
+  #contextEnded = (): AmbientError => this.database.contextEnded(this.owner)
 
   blockEnded(block: Block<Connection>): AmbientError {
     const what = `${capital(block.label)} has ended.${happened(`${block.label} was started`, block.place)}`
@@ -366,14 +361,6 @@ export class Session<Connection>
     return this.#refused(new AmbientError('AMBIENT_SESSION_BUSY', what, details))
   }
 
-  isRetryable(error: unknown): boolean {
-    for (let each = error; each instanceof Error; each = each.cause) {
-      if (isAmbientError(each) && (each.outcome === 'unknown' || each.outcome === 'partial')) return false
-      if (this.#database.adapter.traits(each).retryable) return true
-    }
-    return false
-  }
-
   // Its transaction
 
   /** The transaction has ended: the next statement opens a new one. */
@@ -382,7 +369,7 @@ export class Session<Connection>
   }
 
   mayHaveCommitted(): void {
-    this.#owner.committed = true
+    this.owner.committed = true
   }
 
   get afterBegin(): (() => Promise<void>) | undefined {
@@ -416,46 +403,36 @@ export class Session<Connection>
 
   /** Ends the unit that owns it now. */
   async abort(error: AmbientError): Promise<void> {
-    this.#owner.abort(error)
-    await this.#owner.settle('rollback', error).catch(() => {}) // whoever settles it gets the error
+    this.owner.abort(error)
+    await this.owner.settle('rollback', error).catch(() => {}) // whoever settles it gets the error
   }
 
   async commitAtEnd(): Promise<void> {
     try {
       await this.ending.sendCommit()
     } finally {
-      this.#owner.defer(this.ending.takeDue())
+      this.owner.defer(this.ending.takeDue())
     }
   }
 
   async rollbackAtEnd(error: unknown): Promise<boolean> {
     const said = await this.ending.rollback(error)
-    this.#owner.defer(this.ending.takeDue())
+    this.owner.defer(this.ending.takeDue())
     return said
   }
 
-  closeAtEnd(): Promise<void> {
-    return this.#die()
-  }
-
-  // The connection
-
-  get holdsConnection(): boolean {
-    return this.transaction.holdsConnection || this.holder.holding
-  }
-
-  async #die(): Promise<void> {
+  async closeAtEnd(): Promise<void> {
     if (this.#closed) return
-    this.#closed = this.#owner.fenced
+    this.#closed = this.owner.fenced
       ? this.#contextEnded
       : () => {
           const what = `The session was closed.${happened('It was closed', this.#closedAt)}`
           return new AmbientError('AMBIENT_SESSION_CLOSED', what, { database: this.name })
         }
-    this.#owner.forget(this.#database, this)
+    this.owner.forget(this.database, this)
     this.lane.close(this.#closed)
     this.#handle = undefined
-    this.#database.sessions.delete(this)
+    this.database.sessions.delete(this)
     await this.holder.end()
     this.publish('closed')
   }
