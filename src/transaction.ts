@@ -7,6 +7,7 @@ import { dropHooks, moveHooks } from './hooks.ts'
 import { assertLive, type Failure, hasEnded, Level } from './level.ts'
 import { bounded, sleep } from './time.ts'
 import { happened } from './trace.ts'
+import { Wire } from './wire.ts'
 
 const lostWhat = 'The connection was lost before COMMIT was sent.'
 const endedWhat =
@@ -38,17 +39,12 @@ export class Transaction<Connection> {
   claimed = false
   /** The database's own `beforeCommit` hook has run. */
   prepared = false
-  /** What is at the database now. */
-  #wire: Promise<unknown> | undefined
-  /** Settles when the stream that is open is closed. */
-  #stream: Promise<unknown> | undefined
-  #lastActivity = 0
   readonly #host: TransactionHost<Connection>
+  readonly #wire: Wire
   #lease: Lease<Connection> | undefined
   #begun: Promise<void> | undefined
   /** The ROLLBACK that is under way or was; resolves with whether the server said so. */
   #cleaning: Promise<boolean> | undefined
-  #acquiring = false
   /** The connection that BEGIN was sent on. */
   #beginning: Lease<Connection> | undefined
   #savepoints = 0
@@ -58,6 +54,7 @@ export class Transaction<Connection> {
 
   constructor(host: TransactionHost<Connection>, options: TransactionOptions) {
     this.#host = host
+    this.#wire = new Wire(host)
     this.autocommit = options === 'autocommit'
     this.settings = options === 'autocommit' ? {} : options
   }
@@ -72,11 +69,11 @@ export class Transaction<Connection> {
   }
 
   get atDatabase(): boolean {
-    return this.#wire !== undefined || this.#acquiring
+    return this.#wire.busy
   }
 
   get lastActivity(): number {
-    return this.#lastActivity
+    return this.#wire.lastActivity
   }
 
   get holdsConnection(): boolean {
@@ -140,7 +137,7 @@ export class Transaction<Connection> {
     try {
       const running = statement(lease.connection)
       unsent = false
-      const result = await this.#onWire(running)
+      const result = await this.#wire.answer(running)
       if (this.#begun) await this.#checkBegin('unknown')
       this.#verify(level, lease)
       return result
@@ -161,7 +158,7 @@ export class Transaction<Connection> {
     if (this.#begun) await this.#checkBegin()
     const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
     if (alone) this.#host.mayHaveCommitted()
-    this.#stream = ended
+    this.#wire.stream = ended
     this.#lease = lease
     const lost = new Promise<never>((_, reject) => {
       if (lease.lost) reject(lease.lost)
@@ -169,9 +166,9 @@ export class Transaction<Connection> {
     })
     lost.catch(() => {}) // whoever waits for the stream races with it
     const settle = async (failure: unknown) => {
-      this.#stream = undefined
+      this.#wire.stream = undefined
       lease.onLost = undefined
-      this.#lastActivity = performance.now()
+      this.#wire.active()
       if (alone) {
         this.#lease = undefined
         const broken = failure !== undefined && lease.adapter.traits(failure).reply === 'unanswered'
@@ -209,7 +206,7 @@ export class Transaction<Connection> {
     }
     level.name = `ambient_${++this.#savepoints}`
     try {
-      await this.#onWire(adapter.savepoint(connection, level.name))
+      await this.#wire.answer(adapter.savepoint(connection, level.name))
     } catch (error) {
       await this.#statementFailed(parent, this.#lease as Lease<Connection>, error)
       throw error
@@ -238,7 +235,7 @@ export class Transaction<Connection> {
         this.#begun = lease.adapter.begin(lease.connection, this.settings)
         this.#begun.catch(() => {}) // looked at after the statement that travels with it
       } else {
-        await this.#onWire(retryBusy(begin, lease, this.#host.acquireTimeout))
+        await this.#wire.answer(retryBusy(begin, lease, this.#host.acquireTimeout))
       }
       assertLive(this.root)
     } catch (error) {
@@ -278,14 +275,8 @@ export class Transaction<Connection> {
     })
   }
 
-  async #acquire(): Promise<Lease<Connection>> {
-    this.#acquiring = true
-    try {
-      return await this.#host.holder.lease()
-    } finally {
-      this.#acquiring = false
-      this.#lastActivity = performance.now()
-    }
+  #acquire(): Promise<Lease<Connection>> {
+    return this.#wire.acquire(() => this.#host.holder.lease())
   }
 
   /**
@@ -313,7 +304,7 @@ export class Transaction<Connection> {
     try {
       assertLive(level)
       this.#host.mayHaveCommitted()
-      return await this.#onWire(statement(lease.connection))
+      return await this.#wire.answer(statement(lease.connection))
     } catch (error) {
       if (lease.adapter.traits(error).reply === 'unanswered') broken = asError(error)
       else await lease.adapter.afterError?.(lease.connection)
@@ -374,9 +365,9 @@ export class Transaction<Connection> {
     if (!this.opened) await this.stop(false) // a block inside that was cut off may be at BEGIN
     const lease = this.#lease
     if (!lease || !this.opened) return
-    const commit = () => this.#bounded(lease.adapter.commit(lease.connection))
+    const commit = () => this.#wire.bounded(lease.adapter.commit(lease.connection))
     try {
-      const answer = await this.#onWire(retryBusy(commit, lease, this.#host.acquireTimeout))
+      const answer = await this.#wire.answer(retryBusy(commit, lease, this.#host.acquireTimeout))
       this.#lease = undefined
       await this.#host.holder.release(lease)
       if (answer === 'committed') return this.#publish('committed')
@@ -431,7 +422,7 @@ export class Transaction<Connection> {
   async #rollBackOn(lease: Lease<Connection>, error: unknown): Promise<boolean> {
     try {
       if (lease.lost) throw lease.lost
-      await this.#onWire(this.#bounded(lease.adapter.rollback(lease.connection)))
+      await this.#wire.answer(this.#wire.bounded(lease.adapter.rollback(lease.connection)))
       this.#publish('rolled-back', error)
     } catch (second) {
       attachCleanupError(error, second)
@@ -455,7 +446,7 @@ export class Transaction<Connection> {
     if (level.opened) {
       const lease = this.#lease as Lease<Connection> // an open level has one
       try {
-        await this.#onWire(lease.adapter.releaseSavepoint(lease.connection, level.name))
+        await this.#wire.answer(lease.adapter.releaseSavepoint(lease.connection, level.name))
         this.#verify(parent, lease)
       } catch (error) {
         await this.#statementFailed(parent, lease, error)
@@ -472,7 +463,7 @@ export class Transaction<Connection> {
     const step = async (act: (lease: Lease<Connection>) => Promise<void>) => {
       const lease = this.#lease
       if (level.opened && lease && !lease.lost && !this.root.failure && !hasEnded(level.parent)) {
-        await this.#onWire(this.#bounded(act(lease)))
+        await this.#wire.answer(this.#wire.bounded(act(lease)))
       }
     }
     try {
@@ -489,32 +480,8 @@ export class Transaction<Connection> {
   }
 
   /** Awaits what is at the database. With `cancel`, asks the server to stop it, or destroys the connection. */
-  async stop(cancel: boolean): Promise<void> {
-    const lease = this.#lease ?? this.#beginning
-    const wire = this.#wire ?? this.#stream
-    if (!wire || !lease) return
-    if (cancel) await lease.interrupt(wire)
-    else
-      await bounded(
-        wire.catch(() => {}),
-        this.#host.settleTimeout,
-        () => undefined,
-      ).catch(() => lease.interrupt(wire))
-  }
-
-  async #onWire<Result>(answer: Promise<Result>): Promise<Result> {
-    this.#wire = answer
-    try {
-      return await answer
-    } finally {
-      if (this.#wire === answer) this.#wire = undefined
-      this.#lastActivity = performance.now()
-    }
-  }
-
-  #bounded<Result>(answer: Promise<Result>): Promise<Result> {
-    const timeout = this.#host.settleTimeout
-    return bounded(answer, timeout, () => new Error(`The server did not answer within ${timeout} ms.`))
+  stop(cancel: boolean): Promise<void> {
+    return this.#wire.stop(this.#lease ?? this.#beginning, cancel)
   }
 
   #aborted({ what, cause, outcome }: Failure): AmbientError {

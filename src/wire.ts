@@ -1,0 +1,64 @@
+import type { Lease } from './engine.ts'
+import { bounded } from './time.ts'
+
+/** What a transaction has at the database now, and how long it may be there. */
+export class Wire {
+  /** Settles when the stream that is open is closed. */
+  stream: Promise<unknown> | undefined
+  readonly #limits: { readonly settleTimeout: number }
+  /** What is awaited from the server. */
+  #answer: Promise<unknown> | undefined
+  #acquiring = false
+  #lastActivity = 0
+
+  constructor(limits: { readonly settleTimeout: number }) {
+    this.#limits = limits
+  }
+
+  get busy(): boolean {
+    return this.#answer !== undefined || this.#acquiring
+  }
+
+  get lastActivity(): number {
+    return this.#lastActivity
+  }
+
+  active(): void {
+    this.#lastActivity = performance.now()
+  }
+
+  async acquire<Connection>(acquire: () => Promise<Lease<Connection>>): Promise<Lease<Connection>> {
+    this.#acquiring = true
+    try {
+      return await acquire()
+    } finally {
+      this.#acquiring = false
+      this.active()
+    }
+  }
+
+  async answer<Result>(answer: Promise<Result>): Promise<Result> {
+    this.#answer = answer
+    try {
+      return await answer
+    } finally {
+      if (this.#answer === answer) this.#answer = undefined
+      this.active()
+    }
+  }
+
+  /** For what ends a transaction or savepoint: rejects when its answer has not come after `settleTimeout`. */
+  bounded<Result>(answer: Promise<Result>): Promise<Result> {
+    const timeout = this.#limits.settleTimeout
+    return bounded(answer, timeout, () => new Error(`The server did not answer within ${timeout} ms.`))
+  }
+
+  /** Awaits what is at the database. With `cancel`, or after `settleTimeout`, asks the server to stop it, or destroys the connection. */
+  async stop<Connection>(lease: Lease<Connection> | undefined, cancel: boolean): Promise<void> {
+    const wire = this.#answer ?? this.stream
+    if (!wire || !lease) return
+    if (cancel) return lease.interrupt(wire)
+    const settled = wire.catch(() => {})
+    await bounded(settled, this.#limits.settleTimeout, () => undefined).catch(() => lease.interrupt(wire))
+  }
+}
