@@ -1,16 +1,12 @@
 import type { AmbientError } from './errors.ts'
+import type { Failure } from './failure.ts'
 import type { Hooks } from './hooks.ts'
-
-/** Why nothing more can be done in a transaction or savepoint but roll it back. */
-export interface Failure {
-  readonly what: string
-  readonly cause: unknown
-  readonly outcome?: 'rolled-back' | 'unknown'
-}
 
 /** The transaction itself, or a savepoint in it. Opened on the server by its first statement. */
 export class Level {
   readonly parent: Level | undefined
+  /** The level of the transaction itself. */
+  readonly root: Level
   readonly hooks: Hooks = { beforeCommit: [], afterCommit: [], afterRollback: [] }
   opened = false
   /** Shared by statements that need it at the same time: one of a block that was cut off, and the next. */
@@ -23,6 +19,7 @@ export class Level {
 
   constructor(parent?: Level) {
     this.parent = parent
+    this.root = parent?.root ?? this
   }
 }
 

@@ -2,16 +2,13 @@ import type { TransactionOptions, TransactionSettings } from './adapter.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, attachCleanupError } from './errors.ts'
 import { type TransactionEvent, transactionChannel } from './events.ts'
+import { connectionLost, type Failure, failByError, failByStatus } from './failure.ts'
 import type { Holder } from './holder.ts'
 import { dropHooks, moveHooks } from './hooks.ts'
-import { assertLive, type Failure, hasEnded, Level } from './level.ts'
-import { bounded, sleep } from './time.ts'
+import { assertLive, hasEnded, Level } from './level.ts'
+import { bounded } from './time.ts'
 import { happened } from './trace.ts'
-import { Wire } from './wire.ts'
-
-const lostWhat = 'The connection was lost before COMMIT was sent.'
-const endedWhat =
-  'The transaction was ended behind the back of the session (COMMIT or ROLLBACK in SQL, or a statement that commits by itself): earlier work may be committed.'
+import { retryBusy, Wire } from './wire.ts'
 
 /** What a transaction needs of its session. */
 export interface TransactionHost<Connection> {
@@ -82,7 +79,7 @@ export class Transaction<Connection> {
 
   /** The savepoint levels and the root must still be able to commit; throws `AMBIENT_TRANSACTION_ABORTED` if not. */
   assertUsable(level: Level): void {
-    if (this.#lease?.lost) this.root.failure ??= { what: lostWhat, cause: this.#lease.lost }
+    if (this.#lease?.lost) this.root.failure ??= connectionLost(this.#lease.lost)
     for (let each: Level | undefined = level; each; each = each.parent) {
       assertLive(each)
       if (each.failure) throw this.#aborted(each.failure)
@@ -139,10 +136,10 @@ export class Transaction<Connection> {
       unsent = false
       const result = await this.#wire.answer(running)
       if (this.#begun) await this.#checkBegin('unknown')
-      this.#verify(level, lease)
+      failByStatus(level, lease)
       return result
     } catch (error) {
-      if (!unsent) await this.#statementFailed(level, lease, error)
+      if (!unsent) await failByError(level, lease, error)
       throw error
     }
   }
@@ -174,7 +171,7 @@ export class Transaction<Connection> {
         const broken = failure !== undefined && lease.adapter.traits(failure).reply === 'unanswered'
         await this.#releaseAlone(lease, broken ? asError(failure) : undefined)
       } else if (failure !== undefined) {
-        await this.#statementFailed(level, lease, failure)
+        await failByError(level, lease, failure)
       }
     }
     return { connection: lease.connection, lost, settle }
@@ -208,7 +205,7 @@ export class Transaction<Connection> {
     try {
       await this.#wire.answer(adapter.savepoint(connection, level.name))
     } catch (error) {
-      await this.#statementFailed(parent, this.#lease as Lease<Connection>, error)
+      await failByError(parent, this.#lease as Lease<Connection>, error)
       throw error
     }
     level.opened = true
@@ -322,33 +319,6 @@ export class Transaction<Connection> {
     else await this.#host.holder.release(lease, broken)
   }
 
-  /** What an answer says about the transaction beyond the statement (S10). */
-  #verify(level: Level, { adapter, connection }: Lease<Connection>): void {
-    const status = adapter.transactionStatus?.(connection)
-    if (status === 'none') this.root.failure ??= { what: endedWhat, cause: undefined, outcome: 'unknown' }
-    else if (status === 'aborted')
-      level.failure ??= { what: 'A statement failed.', cause: undefined, outcome: 'rolled-back' }
-  }
-
-  async #statementFailed(level: Level, lease: Lease<Connection>, error: unknown): Promise<void> {
-    const { reply } = lease.adapter.traits(error)
-    if (lease.lost) {
-      this.root.failure ??= { what: lostWhat, cause: error }
-    } else if (reply === 'unanswered') {
-      this.root.failure ??= { what: 'A statement got no answer.', cause: error }
-      if (lease.capabilities.cancelling) await lease.interrupt(Promise.resolve()) // it may still run, and hold its locks
-    } else if (reply === 'answered') {
-      await lease.adapter.afterError?.(lease.connection)
-      if (lease.adapter.transactionStatus?.(lease.connection) === 'none' && lease.capabilities.failedStatementAborts) {
-        this.root.failure ??= { what: endedWhat, cause: error, outcome: 'unknown' }
-      } else if (lease.capabilities.failedStatementAborts) {
-        level.failure ??= { what: 'A statement failed.', cause: error, outcome: 'rolled-back' }
-      } else if ((await stateAfterFailure(lease)) === 'none') {
-        this.root.failure ??= { what: 'The engine rolled the transaction back.', cause: error, outcome: 'rolled-back' }
-      }
-    }
-  }
-
   /** Marks `level` as unable to commit because of `error` thrown in a joined block (A1). */
   doom(level: Level, error: unknown): void {
     level.failure ??= { what: 'A block that had joined it threw.', cause: error }
@@ -376,7 +346,7 @@ export class Transaction<Connection> {
       const { reply, lost } = lease.adapter.traits(error)
       if (lost) {
         lease.lose(asError(error))
-        this.root.failure ??= { what: lostWhat, cause: error }
+        this.root.failure ??= connectionLost(error)
         throw this.#aborted(this.root.failure)
       }
       this.#lease = undefined
@@ -447,9 +417,9 @@ export class Transaction<Connection> {
       const lease = this.#lease as Lease<Connection> // an open level has one
       try {
         await this.#wire.answer(lease.adapter.releaseSavepoint(lease.connection, level.name))
-        this.#verify(parent, lease)
+        failByStatus(parent, lease)
       } catch (error) {
-        await this.#statementFailed(parent, lease, error)
+        await failByError(parent, lease, error)
         throw error
       }
     }
@@ -493,29 +463,6 @@ export class Transaction<Connection> {
     const { id: sessionId, contextId, name: database } = this.#host
     const duration = performance.now() - this.#startedAt
     transactionChannel.publish({ type, sessionId, contextId, database, duration, error })
-  }
-}
-
-/** Whether a transaction that survives failed statements is still open after one. */
-async function stateAfterFailure<Connection>({ adapter, connection }: Lease<Connection>): Promise<string | undefined> {
-  if (adapter.probeTransaction) return adapter.probeTransaction(connection)
-  return adapter.transactionStatus?.(connection)
-}
-
-/** SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). */
-async function retryBusy<Result, Connection>(
-  act: () => Promise<Result>,
-  lease: Lease<Connection>,
-  timeout: number,
-): Promise<Result> {
-  const deadline = performance.now() + timeout
-  for (let wait = 1; ; wait = Math.min(wait * 2, 50)) {
-    try {
-      return await act()
-    } catch (error) {
-      if (!lease.adapter.traits(error).busy || performance.now() + wait > deadline) throw error
-    }
-    await sleep(wait * (0.5 + Math.random() / 2))
   }
 }
 

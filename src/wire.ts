@@ -1,5 +1,5 @@
 import type { Lease } from './engine.ts'
-import { bounded } from './time.ts'
+import { bounded, sleep } from './time.ts'
 
 /** What a transaction has at the database now, and how long it may be there. */
 export class Wire {
@@ -60,5 +60,22 @@ export class Wire {
     if (cancel) return lease.interrupt(wire)
     const settled = wire.catch(() => {})
     await bounded(settled, this.#limits.settleTimeout, () => undefined).catch(() => lease.interrupt(wire))
+  }
+}
+
+/** SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). */
+export async function retryBusy<Result, Connection>(
+  act: () => Promise<Result>,
+  lease: Lease<Connection>,
+  timeout: number,
+): Promise<Result> {
+  const deadline = performance.now() + timeout
+  for (let wait = 1; ; wait = Math.min(wait * 2, 50)) {
+    try {
+      return await act()
+    } catch (error) {
+      if (!lease.adapter.traits(error).busy || performance.now() + wait > deadline) throw error
+    }
+    await sleep(wait * (0.5 + Math.random() / 2))
   }
 }
