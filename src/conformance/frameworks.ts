@@ -724,14 +724,7 @@ export const frameworkSuite: readonly FrameworkCase[] = [
   }),
 
   defineOnNode('H5 says at once what is wrong with a head or a chunk', async (suite) => {
-    const said: unknown[] = []
-    const attempt = (act: () => unknown) => {
-      try {
-        act()
-      } catch (error) {
-        said.push((error as { code?: unknown }).code)
-      }
-    }
+    const { codes, attempt } = attempts()
     const port = await suite.start({
       routes: {
         '/': async ({ node }) => {
@@ -756,7 +749,7 @@ export const frameworkSuite: readonly FrameworkCase[] = [
     })
     const { status, body } = await suite.ask(port, { path: '/' })
     assert.deepEqual([status, body], [200, 'good'])
-    assert.deepEqual(said, [
+    assert.deepEqual(codes, [
       'ERR_HTTP_INVALID_STATUS_CODE',
       'ERR_INVALID_CHAR',
       'ERR_INVALID_HTTP_TOKEN',
@@ -841,21 +834,14 @@ export const frameworkSuite: readonly FrameworkCase[] = [
   }),
 
   defineOnNode('H5 refuses write and flushHeaders in an open block', async (suite) => {
-    const codes: unknown[] = []
-    const attempt = async (act: () => unknown) => {
-      try {
-        act()
-      } catch (error) {
-        codes.push((error as { code?: unknown }).code)
-      }
-    }
+    const { codes, attempt } = attempts()
     const port = await suite.start({
       routes: {
         '/': async ({ node }) => {
           await suite.main.ambient.atomic(async () => {
             await suite.insert('a')
-            await attempt(() => node?.response.write('early'))
-            await attempt(() => node?.response.flushHeaders())
+            attempt(() => node?.response.write('early'))
+            attempt(() => node?.response.flushHeaders())
           })
           await suite.main.ambient.newSession((session) =>
             session.savepoint(() => attempt(() => node?.response.write('good'))),
@@ -1176,6 +1162,19 @@ function gate<Value = void>(): Gate<Value> {
     open = resolve
   })
   return { opened, open }
+}
+
+/** Notes the code of what each attempt throws. */
+function attempts(): { codes: unknown[]; attempt(act: () => unknown): void } {
+  const codes: unknown[] = []
+  const attempt = (act: () => unknown) => {
+    try {
+      act()
+    } catch (error) {
+      codes.push((error as { code?: unknown }).code)
+    }
+  }
+  return { codes, attempt }
 }
 
 function* endless(): Generator<string> {
