@@ -175,12 +175,13 @@ export async function openLab(serverUrl: string): Promise<Lab> {
       return current.run(uncaught, () => perform(subject, uncaught))
     },
     async close() {
-      process.off('uncaughtException', onStray)
-      process.off('unhandledRejection', onStray)
       for (const witness of Object.values(witnesses)) await witness.end()
       for (const database of [name, `${name}_other`]) {
         await administer(serverUrl, `drop database if exists ${database} with (force)`)
       }
+      await sleep(50) // what the last connections have to say
+      process.off('uncaughtException', onStray)
+      process.off('unhandledRejection', onStray)
       if (strays.length > 0) throw new Error(`Uncaught, and of no case: ${strays.join('; ')}`)
     },
   }
