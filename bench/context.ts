@@ -36,7 +36,6 @@ export async function context(bench: Bench): Promise<Measure[]> {
     {
       ...common,
       name: 'context: with a session, no statement',
-      goal: 3,
       subject: many(() => newContext(() => void main.session())),
     },
     { ...common, name: 'session()', goal: 0.25, repeats: calls, baseline: getStore, subject: session },

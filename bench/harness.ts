@@ -33,6 +33,8 @@ export interface Budget {
   readonly rounds: number
   /** Roughly how long each side runs in each round, in ms. */
   readonly slice: number
+  /** How often each side runs before, and for how long at most, in ms: V8 takes tens of thousands of calls to compile all well. */
+  readonly warm: { readonly operations: number; readonly most: number }
 }
 
 /** Median and quartiles, and the range that the true median lies in with a confidence of 95 %. */
@@ -61,10 +63,7 @@ interface Times {
 export async function compare(comparison: Comparison, budget: Budget, subject = comparison.subject): Promise<Outcome> {
   const { baseline, repeats = 1 } = comparison
   const count = await calibrate(comparison, baseline, budget.slice)
-  for (let warm = 0; warm < 5; warm++) {
-    await time(comparison, baseline, count)
-    await time(comparison, subject, count)
-  }
+  for (const side of [baseline, subject]) await warm(comparison, side, count, budget)
   const rounds: { baseline: Times; subject: Times }[] = []
   for (let round = 0; round < budget.rounds; round++) {
     const first = await time(comparison, round % 2 ? subject : baseline, count)
@@ -108,6 +107,16 @@ async function calibrate(comparison: Comparison, side: Side, slice: number): Pro
     const { wall } = await time(comparison, side, count)
     if (wall >= slice / 2) return Math.max(1, Math.round((count * slice) / wall))
     count *= 2
+  }
+}
+
+async function warm(comparison: Comparison, side: Side, count: number, budget: Budget): Promise<void> {
+  const { operations, most } = budget.warm
+  const { repeats = 1 } = comparison
+  const busy = { ...comparison, concurrency: Math.max(10, comparison.concurrency ?? 1) }
+  const end = performance.now() + most
+  for (let done = 0; done < operations && performance.now() < end; done += count * repeats) {
+    await time(side.around ? comparison : busy, side, count)
   }
 }
 

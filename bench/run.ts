@@ -25,7 +25,9 @@ const { values: options, positionals: filter } = parseArgs({
     volatile: { type: 'boolean', default: false },
   },
 })
-const budget: Budget = options.quick ? { rounds: 50, slice: 5 } : { rounds: 500, slice: 5 }
+const budget: Budget = options.quick
+  ? { rounds: 50, slice: 5, warm: { operations: 2000, most: 300 } }
+  : { rounds: 500, slice: 5, warm: { operations: 40_000, most: 10_000 } }
 
 // What tests may leave out a server in service does not: COMMIT waits for the disk unless `--volatile` is given.
 const durability = options.volatile ? 'off' : 'on'
