@@ -64,6 +64,13 @@ const { values: options } = parseArgs({
 const every = Number(options.every)
 const concurrency = Number(options.concurrency)
 let deadline = Number.POSITIVE_INFINITY
+const measuredInTime: readonly Violation['kind'][] = [
+  'unreached',
+  'lost slot',
+  'hang',
+  'open transaction',
+  'leaked socket',
+]
 
 const server = await acquirePostgres()
 const lab = await openLab(server.url)
@@ -176,14 +183,6 @@ function spread(count: number): number[] {
   const golden = (index: number) => (index * 0.6180339887498949) % 1
   return Array.from({ length: count }, (_, index) => index).sort((one, other) => golden(one) - golden(other))
 }
-
-const measuredInTime: readonly Violation['kind'][] = [
-  'unreached',
-  'lost slot',
-  'hang',
-  'open transaction',
-  'leaked socket',
-]
 
 /**
  * On a busy machine a unit may run into its short timeouts before it comes to the message, and clean-up may take longer than
