@@ -105,8 +105,8 @@ async function runAll(lab: Lab): Promise<void> {
 async function runLibrary(lab: Lab, library: Library, { failures, underLoad }: Report): Promise<Row> {
   const startedAt = performance.now()
   const chosen = units.filter(({ name }) => name === (options.unit ?? name))
-  const uncut: Result[] = []
-  for (const unit of chosen) uncut.push(await lab.run({ library, unit }))
+  const undisturbed = chosen.map((unit) => ({ library, unit }))
+  const uncut = await runCases(lab, undisturbed, 6)
   const cases = chosen.flatMap((unit, index): Case[] => {
     const cuts = cutsOf(uncut[index]?.boundaries ?? [])
     return cuts.filter((_, each) => each % every === index % every).map((cut) => ({ library, unit, cut }))
