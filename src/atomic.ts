@@ -140,7 +140,7 @@ async function runAtomic<Connection, Result>(
       transaction.agree(settings)
       transaction.assertUsable(outer)
     }
-    return owning(session, settings, open && mode === 'append' ? 1 : (retry?.attempts ?? 1), attempt)
+    return owning(session, settings, open && mode === 'append' ? 1 : (retry?.attempts ?? 1), attempt, abortion)
   }
 
   try {
@@ -207,6 +207,7 @@ async function owning<Connection, Result>(
   settings: TransactionSettings,
   attempts: number,
   attempt: (level: Level) => Promise<Result>,
+  abortion: Abortion | undefined,
 ): Promise<Result> {
   for (let count = 1; ; count++) {
     const transaction = session.transaction
@@ -220,7 +221,7 @@ async function owning<Connection, Result>(
     try {
       const result = await attempt(transaction.root)
       unsettled = false
-      await session.ending.commit()
+      await session.ending.commit(abortion)
       return result
     } catch (error) {
       const again = count < attempts && isRetryable(session, error)

@@ -144,6 +144,7 @@ export class Context implements AmbientContext, Unit {
   readonly #openedAt = contextChannel.hasSubscribers ? performance.now() : 0
   #state: ContextState = 'open'
   #fenced = false
+  #sealed = false
   #settlement: Promise<void> | undefined
   #outcome: 'commit' | 'rollback' | undefined
   /** Something of it is committed, or may be: statements on their own, a commit by hand, a rollback without an answer. */
@@ -169,14 +170,19 @@ export class Context implements AmbientContext, Unit {
     return this.#state
   }
 
-  /** No new statement is let in. */
+  /** No new statement is let in, except for hooks at the end. */
   get fenced(): boolean {
     return this.#fenced
   }
 
+  /** The running code gets nothing from it any more. */
+  get refuses(): boolean {
+    return this.#fenced && (this.#sealed || !insideHook(this))
+  }
+
   /** Ended, or ending: only the hooks of its sessions may still open one. */
   get closedToNewSessions(): boolean {
-    return this.#state !== 'open' && !(this.#state === 'settling' && (!this.#fenced || insideHook(this)))
+    return this.#state !== 'open' && (this.#state !== 'settling' || this.refuses)
   }
 
   get streams(): Unit['streams'] {
@@ -253,7 +259,13 @@ export class Context implements AmbientContext, Unit {
     for (const session of this.#sessions.values()) session.fence()
   }
 
+  seal(): void {
+    this.#sealed = true
+    this.fence()
+  }
+
   settle(outcome: 'commit' | 'rollback', reason?: unknown): Promise<void> {
+    if (this.#settlement && insideHook(this)) return Promise.reject(settledInHook())
     this.#outcome ??= outcome
     this.#settlement ??= this.#settle(outcome, reason)
     if (outcome === this.#outcome || outcome === 'rollback') return this.#settlement
@@ -325,6 +337,13 @@ export class Context implements AmbientContext, Unit {
     }
     return hooks
   }
+}
+
+function settledInHook(): AmbientError {
+  return new AmbientError(
+    'AMBIENT_ATOMIC_NESTING',
+    'A hook of the end of a context called its `settle`, which waits for it.',
+  )
 }
 
 function contextRolledBack(): AmbientError {

@@ -291,12 +291,9 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   // What sessions need
 
   reportHookError = (error: unknown): void => {
-    try {
-      const report = this.#options.onHookError ?? this.#warn
-      report(error)
-    } catch (second) {
-      this.#warn(second)
-    }
+    const report = this.#options.onHookError ?? this.#warn
+    const reported = async () => report(error) // which may be async as well
+    reported().catch(this.#warn)
   }
 
   #warn = (error: unknown): void => {

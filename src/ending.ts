@@ -1,3 +1,4 @@
+import type { Abortion } from './abortion.ts'
 import { Block } from './atomic.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { type AfterHook, byRegistration, copyHooks, dropHooks, type Hook, moveHooks } from './hooks.ts'
@@ -15,13 +16,15 @@ export class Ending<Connection> {
     this.#session = session
   }
 
-  /** Hooks, then COMMIT. A transaction that cannot commit stays for a rollback; a veto rolls back. */
-  async commit(): Promise<void> {
+  /** Hooks, then COMMIT, unless `abortion` fires before it. A transaction that cannot commit stays for a rollback; a veto rolls back. */
+  async commit(abortion?: Abortion): Promise<void> {
     const { transaction } = this.#session
     transaction.assertUsable(transaction.root)
     try {
-      while (await this.prepare());
+      while (await (abortion ? Promise.race([this.prepare(), abortion.promise]) : this.prepare()));
+      if (abortion?.error) throw abortion.error
     } catch (error) {
+      if (abortion?.error) await this.#session.stop(true)
       await this.rollback(error)
       throw error
     }

@@ -18,6 +18,7 @@ export class Lease<Connection> {
   readonly #engine: unknown
   readonly #onRelease: () => void
   #released = false
+  #interruption: Promise<void> | undefined
 
   constructor(slot: Slot<Connection>, engine: unknown, connection: Connection, onRelease: () => void) {
     this.adapter = slot.adapter
@@ -28,11 +29,19 @@ export class Lease<Connection> {
   }
 
   /** Gives the connection back; `broken`, or its loss, destroys it. Harmless when called again. */
-  async release(broken: Error | undefined = this.lost): Promise<void> {
+  async release(broken?: Error): Promise<void> {
+    if (this.#interruption) await this.#interruption // a cancel request that is on its way would hit the next borrower
+    await this.#giveBack(broken)
+  }
+
+  /** Never throws: what the transaction has come to is not changed by it. */
+  async #giveBack(broken: Error | undefined): Promise<void> {
     if (this.#released) return
     this.#released = true
     try {
-      await detach(() => this.adapter.release(this.#engine, this.connection, broken))
+      await detach(() => this.adapter.release(this.#engine, this.connection, broken ?? this.lost))
+    } catch (error) {
+      process.emitWarning(`ambient-db: giving a connection back failed: ${codeOf(error)}`)
     } finally {
       this.#onRelease()
     }
@@ -46,7 +55,12 @@ export class Lease<Connection> {
   }
 
   /** Ends the statement that runs: cancels it on the server, else destroys the connection. Resolves when `wire` has settled. */
-  async interrupt(wire: Promise<unknown>): Promise<void> {
+  interrupt(wire: Promise<unknown>): Promise<void> {
+    this.#interruption = this.#interrupt(wire)
+    return this.#interruption
+  }
+
+  async #interrupt(wire: Promise<unknown>): Promise<void> {
     const settled = wire.catch(() => {})
     if (this.capabilities.cancelling) {
       const ended = async () => {
@@ -57,7 +71,7 @@ export class Lease<Connection> {
       if (await bounded(ended(), cancelGrace, () => undefined).catch(() => false)) return
     }
     this.lose(new Error('The connection was destroyed, because its statement could not be cancelled.'))
-    await this.release(this.lost)
+    await this.#giveBack(this.lost)
   }
 }
 

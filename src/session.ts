@@ -1,6 +1,6 @@
 import type { NativeBlock, OpenStream, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
 import { type AtomicOptions, atomic, type Block } from './atomic.ts'
-import { type Context, currentScope, enclosingScopes, insideHook, nextNumber, runAfterHooks } from './context.ts'
+import { type Context, currentScope, enclosingScopes, nextNumber, runAfterHooks } from './context.ts'
 import type { DatabaseCore } from './database.ts'
 import { Ending } from './ending.ts'
 import { AmbientError } from './errors.ts'
@@ -331,7 +331,7 @@ export class Session<Connection>
   }
 
   #refusal(): AmbientError | undefined {
-    const refusal = this.#closed ?? (this.owner.fenced && !insideHook(this.owner) ? this.#contextEnded : undefined)
+    const refusal = this.#closed ?? (this.owner.refuses ? this.#contextEnded : undefined)
     return refusal && this.#refused(refusal())
   }
 

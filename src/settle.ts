@@ -47,7 +47,10 @@ export interface Unit {
   /** Rejects when the unit is aborted. */
   readonly aborted: Promise<never>
   participants(): Participant[]
+  /** Lets in nothing but what the hooks do. */
   fence(): void
+  /** Lets in nothing at all. */
+  seal(): void
 }
 
 /** Joins, fences, runs the hooks and commits every session (C4, C5, C6). On any failure before a COMMIT all are rolled back. */
@@ -86,7 +89,7 @@ export async function commitAll(unit: Unit): Promise<void> {
 
 /** Fences at once, awaits (or cancels) what is on the wire and rolls every session back; failures are attached to `error`. */
 export async function rollbackAll(unit: Unit, error: unknown): Promise<void> {
-  unit.fence()
+  unit.seal()
   const waitedEnough = unit.abortion !== undefined || isAmbientError(error, 'AMBIENT_SETTLE_TIMEOUT')
   const said = await rollbackEach(unit.participants(), error, waitedEnough)
   stateOutcome(error, said && !unit.committed)

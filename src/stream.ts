@@ -44,7 +44,10 @@ export class Streams<Connection> {
         this.#destroy = undefined
         this.#end = undefined
       }
-      lane.run(occupant, turn).catch(reject)
+      lane.run(occupant, turn).catch((error) => {
+        this.#end = undefined // not meant for the next one
+        reject(error)
+      })
     })
   }
 

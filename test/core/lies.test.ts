@@ -1,74 +1,92 @@
-import { newContext } from 'ambient-db'
+import { defineDatabase, newContext, openContext } from 'ambient-db'
+import { pgAdapter } from 'ambient-db/pg'
+import { Pool } from 'pg'
+import Cursor from 'pg-cursor'
 import { describe, expect, it } from 'vitest'
 import { gate } from '../support/gate.ts'
 import { failure, useWire } from './wire.ts'
 
 const wire = useWire()
 const forever = () => new Promise<never>(() => {})
+/** A signal that fires when a message like this is sent. */
+const firesAt = (match: string): AbortSignal => {
+  const controller = new AbortController()
+  void wire.proxy.at(match, ({ bytes }) => bytes).caught.then(() => setTimeout(() => controller.abort(), 20))
+  return controller.signal
+}
+const sleep = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms))
 
 describe('C8 says rolled-back only of what the server has said it of', () => {
   it('C8 not of a session that was committed and closed before the deadline', async () => {
     const main = wire.define()
+    const controller = new AbortController()
     const error = await failure(
       newContext(
         async () => {
           await main.db.query('insert into t values (1)')
           await main.closeSession('commit')
+          controller.abort()
           await forever()
         },
-        { timeout: 200 },
+        { signal: controller.signal },
       ),
     )
-    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_TIMEOUT', undefined, [1]])
+    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_ABORTED', undefined, [1]])
   })
 
   it('C8 not of statements without a transaction', async () => {
     const main = wire.define()
+    const controller = new AbortController()
     const error = await failure(
       newContext(
         async () => {
           await main.db.query('insert into t values (1)')
+          controller.abort()
           await forever()
         },
-        { timeout: 200, transaction: 'autocommit' },
+        { signal: controller.signal, transaction: 'autocommit' },
       ),
     )
-    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_TIMEOUT', undefined, [1]])
+    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_ABORTED', undefined, [1]])
   })
 
   it('C8 not after a COMMIT by hand whose outcome is unknown', async () => {
     const main = wire.define()
+    const controller = new AbortController()
     const error = await failure(
       newContext(
         async () => {
           await main.db.query('insert into t values (1)')
           wire.proxy.at('< C COMMIT', 'reset')
           await main.commit().catch(() => {})
+          controller.abort()
           await forever()
         },
-        { timeout: 200 },
+        { signal: controller.signal },
       ),
     )
-    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_TIMEOUT', undefined, [1]])
+    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_ABORTED', undefined, [1]])
   })
 
   it('C8 not while a ROLLBACK by hand is unanswered', async () => {
     const main = wire.define({ settleTimeout: 500 })
+    const controller = new AbortController()
     const error = await failure(
       newContext(
         async () => {
           await main.db.query('insert into t values (1)')
-          wire.proxy.at('> Q ROLLBACK', 'stall')
+          void wire.proxy.at('> Q ROLLBACK', 'stall').caught.then(() => controller.abort())
           await main.rollback()
         },
-        { timeout: 200 },
+        { signal: controller.signal },
       ),
     )
-    expect([error.code, error.outcome]).toEqual(['AMBIENT_TIMEOUT', undefined])
+    expect([error.code, error.outcome]).toEqual(['AMBIENT_ABORTED', undefined])
   })
 
   it('C8 not by a unit that the error of another one passes', async () => {
     const main = wire.define()
+    const controller = new AbortController()
     const error = await failure(
       newContext(async () => {
         await main.db.query('insert into t values (1)')
@@ -76,13 +94,14 @@ describe('C8 says rolled-back only of what the server has said it of', () => {
           async (session) => {
             await session.db.query('insert into t values (2)')
             await session.commit()
+            controller.abort()
             await forever()
           },
-          { timeout: 200 },
+          { signal: controller.signal },
         )
       }),
     )
-    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_TIMEOUT', undefined, [2]])
+    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_ABORTED', undefined, [2]])
   })
 
   it('D4 not of one context for another at a shutdown', async () => {
@@ -101,7 +120,7 @@ describe('C8 says rolled-back only of what the server has said it of', () => {
       await main.db.query('insert into t values (3)')
       await begun.passed
       void main.shutdown()
-      await new Promise((resolve) => setTimeout(resolve, 400))
+      await sleep(400)
     })
     const error = await failure(committed)
     expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_SHUT_DOWN', undefined, [2]])
@@ -122,5 +141,155 @@ describe('S7', () => {
     )
     expect(error).toBe(frozen)
     expect(await wire.ids()).toEqual([])
+  })
+})
+
+describe('C4', () => {
+  it('C4 lets a hook open nothing while its context is rolled back: no pool slot is lost', async () => {
+    const main = wire.define({ name: 'main' })
+    const other = wire.define({ name: 'other', pool: { max: 1 } })
+    const seen: unknown[] = []
+    wire.proxy.at('> Q ROLLBACK', { stall: 300 })
+    const work = async () => {
+      await main.db.query('insert into t values (1)')
+      main.beforeCommit(async () => {
+        await main.db.query('select pg_sleep(2)').catch(() => {})
+        await other.db.query('insert into t values (2)').catch((error) => seen.push(error))
+      })
+    }
+    expect(await failure(newContext(work, { signal: firesAt('> Q select pg_sleep') }))).toMatchObject({
+      code: 'AMBIENT_ABORTED',
+    })
+    expect(seen).toMatchObject([{ code: 'AMBIENT_CONTEXT_ENDED', database: 'other' }])
+    await newContext(() => other.db.query('insert into t values (3)'))
+    expect(await wire.ids()).toEqual([3])
+  })
+
+  it('C4 refuses a hook that waits for the end which waits for the hook', async () => {
+    const main = wire.define()
+    const context = openContext()
+    await context.run(async () => {
+      await main.db.query('insert into t values (1)')
+      main.beforeCommit(() => context.settle('commit'))
+    })
+    expect(await failure(context.settle('commit'))).toMatchObject({ code: 'AMBIENT_ATOMIC_NESTING' })
+    expect([context.state, await wire.ids()]).toEqual(['failed', []])
+  })
+})
+
+describe('C8 ends a block whose deadline passes in its hooks', () => {
+  for (const [what, hook] of [
+    ['take long', () => sleep(500)],
+    ['never end', forever],
+  ] as const) {
+    it(`C8 if they ${what}: no COMMIT afterwards, and the session goes on`, async () => {
+      const main = wire.define()
+      await newContext(async () => {
+        const block = main.atomic(
+          async () => {
+            await main.db.query('insert into t values (1)')
+            main.beforeCommit(hook)
+          },
+          { timeout: 200 },
+        )
+        expect(await failure(block)).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+        await main.db.query('insert into t values (2)')
+      })
+      expect(await wire.ids()).toEqual([2])
+    })
+  }
+
+  it('C8 and cancels the statement of the hook', async () => {
+    const main = wire.define()
+    const error = await failure(
+      newContext(() =>
+        main.atomic(
+          async () => {
+            await main.db.query('insert into t values (1)')
+            main.beforeCommit(() => main.db.query('select pg_sleep(10)'))
+          },
+          { timeout: 200 },
+        ),
+      ),
+    )
+    expect(error).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+    expect(await wire.backends()).toMatchObject([{ transactionStart: null }])
+  })
+})
+
+describe('C8 S7', () => {
+  it('C8 S7 gives no connection back while a request to cancel is on its way to it', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const hold = gate()
+    const request = wire.proxy.at('> cancel', hold)
+    const options = { signal: firesAt('> Q select pg_sleep'), transaction: 'autocommit' } as const
+    const aborted = failure(newContext(() => main.db.query('select pg_sleep(0.3)'), options))
+    const next = request.caught.then(() => newContext(() => main.db.query('select pg_sleep(0.5)')))
+    await request.caught
+    await sleep(300) // the first statement has ended by itself
+    hold.open()
+    expect(await aborted).toMatchObject({ code: 'AMBIENT_ABORTED' })
+    await next
+  })
+})
+
+describe('S4', () => {
+  it('S4 says committed what was, though the pool throws when the connection goes back', async () => {
+    const adapter = pgAdapter(() => new Pool({ connectionString: wire.proxy.url }))
+    const main = defineDatabase({
+      name: 'main',
+      adapter: {
+        ...adapter,
+        release(pool, client, broken) {
+          void adapter.release(pool, client, broken)
+          throw new Error('planned')
+        },
+      },
+    })
+    await newContext(() => main.db.query('insert into t values (1)'))
+    expect(await wire.ids()).toEqual([1])
+    await main.shutdown()
+    expect(wire.warnings).toContainEqual(expect.stringContaining('giving a connection back failed'))
+  })
+})
+
+describe('K2', () => {
+  it('K2 leaves no unhandled rejection when onHookError is async and fails', async () => {
+    const onHookError = (async () => {
+      throw new Error('planned')
+    }) as () => void
+    const main = wire.define({ onHookError })
+    await newContext(async () => {
+      await main.db.query('insert into t values (1)')
+      main.afterCommit(() => {
+        throw new Error('of the hook')
+      })
+    })
+    await sleep(20)
+    expect(wire.warnings).toContainEqual(expect.stringContaining('planned'))
+  })
+})
+
+describe('S9', () => {
+  it('S9 ends no stream because of one before it that never had its turn', async () => {
+    const main = wire.define()
+    await newContext(async () => {
+      await main.db.query('insert into t values (1)')
+      const block = main.atomic(
+        async () => {
+          void main.db.query('select pg_sleep(0.1)').catch(() => {})
+          void main.db
+            .query(new Cursor('select * from t'))
+            .read(1)
+            .catch(() => {})
+          throw new Error('planned')
+        },
+        { current: 'savepoint' },
+      )
+      expect(await failure(block)).toMatchObject({ message: 'planned' })
+      const cursor = main.db.query(new Cursor('select * from t'))
+      expect(await cursor.read(1)).toEqual([{ id: 1 }])
+      await cursor.close()
+    })
   })
 })
