@@ -65,7 +65,10 @@ async function report(measures: Measure[], conditions: string[]): Promise<boolea
   return rows.every(({ met }) => met !== 'NO')
 }
 
-/** Every measure must tell a planted fault from none: equals as equal, a tenth more as a tenth more, a count above the goal. */
+/**
+ * Every measure must tell a planted fault from none: equals read as equal, a tenth more as more (by how much depends on who
+ * else wants the CPU that the delay takes), and a count is above the goal.
+ */
 async function testItself(measures: Measure[]): Promise<boolean> {
   let ok = true
   for (const measure of measures) {
@@ -87,7 +90,7 @@ async function tellsDelay(measure: Comparison): Promise<{ tells: boolean; what: 
   const nothing = same[key].median
   const tenth = slow[key].median
   return {
-    tells: Math.abs(nothing - 1) < 0.04 && tenth - nothing > 0.05 && tenth - nothing < 0.2,
+    tells: Math.abs(nothing - 1) < 0.04 && tenth - nothing > 0.05,
     what: `nothing planted reads ×${nothing.toFixed(3)}, 10 % planted reads ×${tenth.toFixed(3)}`,
   }
 }
