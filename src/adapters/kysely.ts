@@ -232,6 +232,8 @@ function overDialect<Tables>(
   return {
     capabilities: (engine) => capabilitiesOf(byEngine.get(engine) as Parts), // set by createEngine
     createEngine(host) {
+      // Parts that are an engine already are about to be closed (a host that was left), or of another database.
+      if (byEngine.has(partsFor(host).kysely as unknown as Kysely<Tables>)) byHost.delete(host)
       const parts = partsFor(host)
       latest = parts
       const engine = parts.kysely as unknown as Kysely<Tables> // the same object; only the user knows its tables
