@@ -211,7 +211,7 @@ export class Session<Connection>
 
   rollback = (): Promise<void> => {
     return this.#actOutside('rollback()', async () => {
-      if (this.inTransaction) await this.ending.rollback()
+      if (this.inTransaction) await this.#rollBack()
     })
   }
 
@@ -224,10 +224,20 @@ export class Session<Connection>
         throw new AmbientError('AMBIENT_TRANSACTION_OPEN', what, { database: this.name })
       }
       this.#closedAt = closedAt
-      if (outcome === 'rollback') await this.ending.rollback()
-      else await this.ending.commit()
-      await this.closeAtEnd()
+      if (outcome !== 'rollback') await this.ending.commit()
+      try {
+        if (outcome === 'rollback') await this.#rollBack()
+      } finally {
+        await this.closeAtEnd()
+      }
     })
+  }
+
+  /** Throws if something of it may be committed all the same, and nobody knows yet (S10). */
+  async #rollBack(): Promise<void> {
+    const { transaction } = this
+    await this.ending.rollback()
+    if (transaction.untold) throw transaction.untold
   }
 
   atomic = <Result>(work: () => Result | Promise<Result>, options?: AtomicOptions): Promise<Result> => {

@@ -11,7 +11,9 @@ export type TransactionControl =
   | { readonly kind: 'rollback to'; readonly name: string }
   | { readonly kind: 'release'; readonly name: string }
 
-const candidate = /^\s*(?:begin|start|commit|end|rollback|abort|savepoint|release)\b/i
+/** What may stand before a statement: space, comments, empty statements. */
+const leading = /^(?:[\s;]|--[^\n]*(?:\n|$)|\/\*(?:[^*]|\*(?!\/))*\*\/)+/
+const candidate = /^(?:begin|start|commit|end|rollback|abort|savepoint|release)\b/i
 const noise = /(?:\s+(?:work|transaction))?(?:\s+and\s+no\s+chain)?$/
 const savepoint = /^(savepoint|rollback to|release)(?: savepoint)? (?:"([^"]+)"|(\w+))$/
 const modes =
@@ -19,8 +21,9 @@ const modes =
 
 /** Reads one statement of transaction control; `undefined` for any other SQL. `'other'` is control that a session cannot do. */
 export function parseTransactionControl(text: string): TransactionControl | undefined {
-  if (!candidate.test(text)) return undefined
-  const sql = text.trim().replace(/\s*;$/, '').replace(/\s+/g, ' ')
+  const start = text.replace(leading, '')
+  if (!candidate.test(start)) return undefined
+  const sql = start.trim().replace(/\s*;$/, '').replace(/\s+/g, ' ')
   if (sql.includes(';')) return undefined
   const lower = sql.toLowerCase()
   const named = savepoint.exec(lower)

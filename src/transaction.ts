@@ -46,6 +46,8 @@ export class Transaction<Connection> {
   #beginning: Lease<Connection> | undefined
   #savepoints = 0
   #startedAt = 0
+  /** Somebody was refused because of its failure. */
+  #told = false
   /** Where its first statement was issued, while tracing. */
   #place: string | undefined
 
@@ -77,12 +79,25 @@ export class Transaction<Connection> {
     return this.#lease !== undefined
   }
 
+  /** Set once something of it may be committed without a COMMIT of ours. */
+  get #doubt(): AmbientError | undefined {
+    const { failure } = this.root
+    return failure?.outcome === 'unknown' ? this.#aborted(failure) : undefined
+  }
+
+  /** The same, unless it was said already. */
+  get untold(): AmbientError | undefined {
+    return this.#told ? undefined : this.#doubt
+  }
+
   /** The savepoint levels and the root must still be able to commit; throws `AMBIENT_TRANSACTION_ABORTED` if not. */
   assertUsable(level: Level): void {
     if (this.#lease?.lost) this.root.failure ??= connectionLost(this.#lease.lost)
     for (let each: Level | undefined = level; each; each = each.parent) {
       assertLive(each)
-      if (each.failure) throw this.#aborted(each.failure)
+      if (!each.failure) continue
+      this.#told = true
+      throw this.#aborted(each.failure)
     }
   }
 
@@ -172,6 +187,8 @@ export class Transaction<Connection> {
         await this.#releaseAlone(lease, broken ? asError(failure) : undefined)
       } else if (failure !== undefined) {
         await failByError(level, lease, failure)
+      } else {
+        failByStatus(level, lease)
       }
     }
     return { connection: lease.connection, lost, settle }
@@ -296,12 +313,15 @@ export class Transaction<Connection> {
   async #alone<Result>(level: Level, statement: (connection: Connection) => Promise<Result>): Promise<Result> {
     const lease = await this.#acquire()
     let broken: Error | undefined
+    let result: Result
+    let leftOpen = false
     this.#lease = lease
     this.#startedAt = performance.now()
     try {
       assertLive(level)
       this.#host.mayHaveCommitted()
-      return await this.#wire.answer(statement(lease.connection))
+      result = await this.#wire.answer(statement(lease.connection))
+      leftOpen = lease.adapter.transactionStatus?.(lease.connection) === 'open'
     } catch (error) {
       if (lease.adapter.traits(error).reply === 'unanswered') broken = asError(error)
       else await lease.adapter.afterError?.(lease.connection)
@@ -310,6 +330,9 @@ export class Transaction<Connection> {
       this.#lease = undefined
       await this.#releaseAlone(lease, broken)
     }
+    if (!leftOpen) return result
+    const what = 'SQL that began a transaction left it open, so it was rolled back.'
+    throw new AmbientError('AMBIENT_TRANSACTION_CONTROL', what, { database: this.#host.name })
   }
 
   /** SQL of the user's may have left a transaction open on the connection. */
@@ -377,10 +400,10 @@ export class Transaction<Connection> {
     const lease = this.#lease
     if (!lease || !this.opened) return this.#cleaning ?? true
     this.#lease = undefined
-    const { failure } = this.root
-    if (failure?.outcome === 'unknown') attachCleanupError(error, this.#aborted(failure))
+    const doubt = this.#doubt
+    if (doubt) attachCleanupError(error, doubt)
     const said = await this.#cleanUp(lease, error)
-    return said && failure?.outcome !== 'unknown'
+    return said && !doubt
   }
 
   /** Shows the connection clean by an answered ROLLBACK, or destroys it (S7). */

@@ -32,8 +32,19 @@ export function pgAdapter<Engine extends Pool>(
   let latest: Engine | undefined
   let ambient: AmbientPool | undefined
   const lossListeners = new WeakMap<PoolClient, (error: Error) => void>()
+  const watches = new WeakMap<PoolClient, Watch>()
+  const watchOf = (client: PoolClient) => watches.get(client) as Watch // acquire has set it
+  const control = async (client: PoolClient, text: string) => {
+    const watch = watchOf(client)
+    watch.own = true
+    try {
+      return await client.query(text)
+    } finally {
+      watch.own = false
+    }
+  }
   const send = async (client: PoolClient, text: string) => {
-    await client.query(text)
+    await control(client, text)
   }
   return {
     capabilities: (pool) => ({
@@ -59,6 +70,7 @@ export function pgAdapter<Engine extends Pool>(
           if (!client) return reject(error)
           client.on('error', onLost) // at once: its own bytes may hold a FATAL right behind the greeting
           lossListeners.set(client, onLost)
+          if (!watches.has(client)) watches.set(client, watchTags(client))
           resolve(client)
         })
       })
@@ -70,9 +82,12 @@ export function pgAdapter<Engine extends Pool>(
       if (onLost) client.off('error', onLost)
       lossListeners.delete(client) // an idle client pins no session
     },
-    begin: (client, settings) => send(client, `BEGIN${transactionModes(settings)}`),
+    async begin(client, settings) {
+      Object.assign(watchOf(client), { savepoint: false, ended: false })
+      await client.query(`BEGIN${transactionModes(settings)}`)
+    },
     async commit(client) {
-      const { command } = await client.query('COMMIT')
+      const { command } = await control(client, 'COMMIT')
       return command === 'COMMIT' ? 'committed' : 'rolled-back'
     },
     rollback: (client) => send(client, 'ROLLBACK'),
@@ -81,6 +96,7 @@ export function pgAdapter<Engine extends Pool>(
     releaseSavepoint: (client, name) => send(client, `RELEASE SAVEPOINT ${name}`),
     transactionStatus(client) {
       const status = client.getTransactionStatus()
+      if (status === 'T' && watchOf(client).ended) return 'none' // another one has begun since
       return status === 'T' ? 'open' : status === 'E' ? 'aborted' : status === 'I' ? 'none' : undefined
     },
     afterError: (client) => ready(client),
@@ -93,6 +109,28 @@ export function pgAdapter<Engine extends Pool>(
       return pool
     },
   }
+}
+
+/** What the answers on a connection say about its transaction beyond the status behind them. */
+interface Watch {
+  /** What is under way is control of ours. */
+  own: boolean
+  /** SQL of the user's has made a savepoint, so a ROLLBACK of his may be one to it. */
+  savepoint: boolean
+  /** SQL of the user's has ended the transaction, though there is one again (`COMMIT; BEGIN`, `COMMIT AND CHAIN`). */
+  ended: boolean
+}
+
+/** Reads the tags of the statements that complete on `client`. */
+function watchTags(client: PoolClient): Watch {
+  const watch: Watch = { own: false, savepoint: false, ended: false }
+  const { connection } = client as PoolClient & { connection: EventEmitter } // not in the types of pg
+  connection.on('commandComplete', ({ text }: { text: string }) => {
+    if (watch.own) return
+    if (text === 'SAVEPOINT') watch.savepoint = true
+    else if (text === 'COMMIT' || (text === 'ROLLBACK' && !watch.savepoint)) watch.ended = true
+  })
+  return watch
 }
 
 /** The socket of a client; pg-pool destroys it in the same way. */
@@ -136,6 +174,7 @@ interface Submittable extends EventEmitter {
   submit(connection: unknown): void
   handleError(error: Error, connection?: unknown): void
   callback?: QueryCallback | undefined
+  text?: unknown
   /** The cursor behind a `pg-query-stream`. */
   cursor?: Cursor
   read?: unknown
@@ -148,6 +187,7 @@ interface Submittable extends EventEmitter {
 type CursorCallback = (error?: Error, rows?: unknown[]) => void
 
 interface Cursor {
+  text?: unknown
   read(rows: number, callback?: CursorCallback): unknown
   close(callback?: CursorCallback): unknown
 }
@@ -165,7 +205,7 @@ function query(
   const done = [values, callback].find((each) => typeof each === 'function') as QueryCallback | undefined
   if (isSubmittable(config)) return submit(statements, config, done, block)
   const text = typeof config === 'string' ? config : (config as { text?: unknown } | undefined)?.text
-  const control = typeof text === 'string' ? parseTransactionControl(text) : undefined
+  const control = controlIn(text)
   const plain = typeof values === 'function' ? undefined : values
   const answer = control
     ? (client?.control(control) ?? Promise.reject(controlRefused(statements.name)))
@@ -179,6 +219,10 @@ function query(
     (error) => process.nextTick(done, error),
   )
   return undefined
+}
+
+function controlIn(text: unknown): TransactionControl | undefined {
+  return typeof text === 'string' ? parseTransactionControl(text) : undefined
 }
 
 function isSubmittable(config: unknown): config is Submittable {
@@ -236,6 +280,7 @@ function statement(
   running: Running,
   block?: NativeBlock,
 ): Promise<void> {
+  if (controlIn(subject.text)) return Promise.reject(controlRefused(statements.name))
   return statements.run(async (connection) => {
     await over(connection, subject)
     if (running.failure) throw running.failure
@@ -268,6 +313,7 @@ function stream(
     else cursor?.close(() => {})
   }
   const turn = async () => {
+    if (controlIn(subject.text ?? subject.cursor?.text)) throw controlRefused(statements.name)
     const open = await statements.openStream(end, block)
     try {
       if (closed) return

@@ -1,9 +1,11 @@
 import { defineDatabase, newContext, openContext } from 'ambient-db'
+import { kyselyAdapter } from 'ambient-db/kysely'
 import { pgAdapter } from 'ambient-db/pg'
-import { Pool } from 'pg'
+import { PostgresDialect } from 'kysely'
+import { Pool, Query } from 'pg'
 import Cursor from 'pg-cursor'
 import { describe, expect, it } from 'vitest'
-import { gate } from '../support/gate.ts'
+import { gate, until } from '../support/gate.ts'
 import { failure, useWire } from './wire.ts'
 
 const wire = useWire()
@@ -291,5 +293,116 @@ describe('S9', () => {
       expect(await cursor.read(1)).toEqual([{ id: 1 }])
       await cursor.close()
     })
+  })
+})
+
+describe('S10 finds out that SQL has ended the transaction', () => {
+  const aborted = { code: 'AMBIENT_TRANSACTION_ABORTED', outcome: 'unknown' }
+
+  for (const text of [
+    'insert into t values (2); commit; begin',
+    'select 1; commit and chain',
+    'select 1; rollback; begin',
+    'select 1; rollback and chain',
+  ]) {
+    it(`S10 though another one is open since: ${text}`, async () => {
+      const main = wire.define()
+      const work = async () => {
+        await main.db.query('insert into t values (1)')
+        await main.db.query(text)
+      }
+      expect(await failure(newContext(work))).toMatchObject(aborted)
+    })
+  }
+
+  it('S10 and leaves savepoints alone that SQL makes and goes back to', async () => {
+    const main = wire.define()
+    await newContext(async () => {
+      await main.db.query('insert into t values (1)')
+      await main.db.query('savepoint mine; insert into t values (2); rollback to mine; release mine')
+    })
+    expect(await wire.ids()).toEqual([1])
+  })
+
+  it('S10 by a cursor', async () => {
+    const main = wire.define()
+    const work = async () => {
+      await main.db.query('insert into t values (1)')
+      await main.db.query(new Cursor('/* not a comment /* alone */ */ rollback')).read(1)
+    }
+    expect(await failure(newContext(work))).toMatchObject(aborted)
+  })
+
+  it('S10 and does not call it rolled back when it is rolled back by hand, but goes on', async () => {
+    const main = wire.define()
+    await newContext(async () => {
+      await main.db.query('insert into t values (1)')
+      await main.db.query('select 1; commit')
+      expect(await failure(main.rollback())).toMatchObject(aborted)
+      await main.db.query('insert into t values (2)')
+      await main.db.query('select 1; commit')
+      expect(await failure(main.closeSession('rollback'))).toMatchObject(aborted)
+      await main.db.query('insert into t values (3)')
+    })
+    expect(await wire.ids()).toEqual([1, 2, 3])
+  })
+
+  for (const text of ['/* x */ COMMIT', '-- x\nROLLBACK', ';COMMIT', '/**//* y **/ -- z\n ; commit and chain']) {
+    it(`S10 or refuses it unsent: ${JSON.stringify(text)}`, async () => {
+      const main = wire.define()
+      const refused = { code: 'AMBIENT_TRANSACTION_CONTROL' }
+      await newContext(async () => {
+        await main.db.query('insert into t values (1)')
+        expect(await failure(main.db.query(text))).toMatchObject(refused)
+        expect(await failure(main.db.query(new Cursor(text)).read(1))).toMatchObject(refused)
+        const query = main.db.query(new Query(text))
+        expect(await new Promise((resolve) => query.once('error', resolve))).toMatchObject(refused)
+      })
+      expect(await wire.ids()).toEqual([1])
+    })
+  }
+
+  it('S10 and says that what SQL began without a transaction is rolled back', async () => {
+    const main = wire.define()
+    const work = () => main.db.query('begin; insert into t values (1)')
+    expect(await failure(newContext(work, { transaction: 'autocommit' }))).toMatchObject({
+      code: 'AMBIENT_TRANSACTION_CONTROL',
+    })
+    expect(await wire.ids()).toEqual([])
+    await newContext(() => main.db.query('begin; insert into t values (2); commit'), { transaction: 'autocommit' })
+    expect(await wire.ids()).toEqual([2])
+  })
+})
+
+describe('D1 D3 make an engine for each use of a dialect', () => {
+  const dialectAdapter = () =>
+    kyselyAdapter<{ t: { id: number } }>(
+      (_host) => new PostgresDialect({ pool: new Pool({ connectionString: wire.proxy.url }) }),
+    )
+
+  it('D3 also for a host that is gone back to while work is under way on it', async () => {
+    const main = defineDatabase({ name: 'main', host: 'a', adapter: dialectAdapter() })
+    const insert = (id: number) => main.db.insertInto('t').values({ id }).execute()
+    await newContext(async () => {
+      await insert(1)
+      await main.changeHost('b')
+      await main.changeHost('a')
+    })
+    await until(() => wire.proxy.open === 0, 'the end of the old engine')
+    await newContext(() => insert(2))
+    await main.shutdown()
+    expect(await wire.ids()).toEqual([1, 2])
+  })
+
+  it('D1 also for two databases with one adapter', async () => {
+    const adapter = dialectAdapter()
+    const one = defineDatabase({ name: 'one', host: 'a', adapter })
+    const two = defineDatabase({ name: 'two', host: 'a', adapter })
+    await newContext(() => one.db.insertInto('t').values({ id: 1 }).execute())
+    await newContext(() => two.db.insertInto('t').values({ id: 2 }).execute())
+    await one.shutdown()
+    await newContext(() => two.db.insertInto('t').values({ id: 3 }).execute())
+    await two.shutdown()
+    expect(await wire.ids()).toEqual([1, 2, 3])
   })
 })

@@ -34,7 +34,7 @@ describe('S10', () => {
 
   it.each([
     ['in a text of several statements', 'insert into t values (2); commit'],
-    ['behind a comment', '/* done */ commit'],
+    ['behind a comment in a comment', '/* done /* nearly */ */ commit'],
     ['as a rollback', 'select 1; rollback'],
   ])('S10 detects a transaction that was ended %s', async (_, text) => {
     const main = wire.define({ pool: { max: 1 } })
@@ -77,7 +77,9 @@ describe('S10', () => {
     const main = wire.define({ pool: { max: 1 } })
     await newContext(
       async () => {
-        await main.db.query('select 1; begin; insert into t values (1)')
+        expect(await failure(main.db.query('select 1; begin; insert into t values (1)'))).toMatchObject({
+          code: 'AMBIENT_TRANSACTION_CONTROL',
+        })
         delayStatus()
         await main.db.query('select 1; begin; select * from missing').catch(() => {})
       },
