@@ -117,13 +117,10 @@ export async function openLab(serverUrl: string): Promise<Lab> {
     const violations: Violation[] = stage.violations
     const violate = (kind: Violation['kind'], text: string) => violations.push({ kind, text })
 
-    const work = unit.run(stage).then(
-      () => true,
-      () => true, // what was said is in the claims
-    )
+    const work = unit.run(stage).catch(() => {}) // what was said is in the claims
     const mayHang = library.limits.streams && unit.streams
     const bound = mayHang ? declaredHangBound : hangBound
-    const settled = await Promise.race([work, sleep(bound)])
+    const settled = await within(work, bound)
     if (!settled) violate('hang', `not settled within ${bound} ms`)
     const boundaries = log.boundaries()
     stage.settled()
@@ -150,7 +147,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
     }
     stage.judge(await rowsOf(run))
 
-    const closed = await Promise.race([stage.shutdown().then(() => true), sleep(2000)])
+    const closed = await within(stage.shutdown(), 2000)
     if (!closed) violate('hang', 'shutdown() did not end within 2000 ms')
     for (let waited = 0; proxy.open > 0 && waited < 500; waited += 10) await sleep(10)
     if (proxy.open > 0) violate('leaked socket', `${proxy.open} connections are open after shutdown()`)
@@ -206,6 +203,19 @@ function setTrap(proxy: Awaited<ReturnType<typeof startProxy>>, cut: Cut | undef
 /** All cuts of a unit whose uncut run had these boundaries. */
 export function cutsOf(boundaries: readonly Boundary[]): Cut[] {
   return boundaries.flatMap((boundary) => sides.flatMap((when) => fates.map((fate) => ({ boundary, when, fate }))))
+}
+
+/** Whether `promise` settles in time. */
+async function within(promise: Promise<unknown>, ms: number): Promise<boolean> {
+  let timer: NodeJS.Timeout | undefined
+  const late = new Promise<false>((resolve) => {
+    timer = setTimeout(resolve, ms, false)
+  })
+  try {
+    return await Promise.race([promise.then(() => true), late])
+  } finally {
+    clearTimeout(timer)
+  }
 }
 
 function sleep(ms: number): Promise<void> {
