@@ -265,6 +265,11 @@ export class Context implements AmbientContext, Unit {
   }
 
   settle(outcome: 'commit' | 'rollback', reason?: unknown): Promise<void> {
+    try {
+      assertOutcome(outcome)
+    } catch (error) {
+      return Promise.reject(error)
+    }
     if (this.#settlement && insideHook(this)) return Promise.reject(settledInHook())
     this.#outcome ??= outcome
     this.#settlement ??= this.#settle(outcome, reason)
@@ -337,6 +342,12 @@ export class Context implements AmbientContext, Unit {
     }
     return hooks
   }
+}
+
+/** Throws `AMBIENT_INVALID_ARGUMENT` for anything else, such as a promise: work must not be lost, and a success told, over a slip. */
+export function assertOutcome(outcome: 'commit' | 'rollback'): void {
+  if (outcome === 'commit' || outcome === 'rollback') return
+  throw new AmbientError('AMBIENT_INVALID_ARGUMENT', "An outcome must be 'commit' or 'rollback'.")
 }
 
 function settledInHook(): AmbientError {

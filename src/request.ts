@@ -1,5 +1,5 @@
 import type { TransactionOptions } from './adapter.ts'
-import { Context, currentContext, detach, type InternalContextOptions, type Scope } from './context.ts'
+import { assertOutcome, Context, currentContext, detach, type InternalContextOptions, type Scope } from './context.ts'
 import type { NodeRequest, NodeResponse } from './response.ts'
 import { guardOf, ResponseGuard } from './response-guard.ts'
 
@@ -56,7 +56,9 @@ function outcomeOf<Request>(
   request: Request,
   { outcome }: DatabaseContextOptions<Request>,
 ): 'commit' | 'rollback' {
-  return outcome ? outcome(status, request) : status < 400 ? 'commit' : 'rollback'
+  const decided = outcome ? outcome(status, request) : status < 400 ? 'commit' : 'rollback'
+  assertOutcome(decided)
+  return decided
 }
 
 function contextOptions<Request>(request: Request, options: DatabaseContextOptions<Request>): InternalContextOptions {

@@ -57,7 +57,7 @@ export class ResponseGuard implements Interceptor {
   readonly #statusMessage: string | undefined
   readonly #emitRequest: Method
   #sealed = false
-  /** The head is decided: by the status that `writeHead` was given, if it was. */
+  /** The head is decided. Its status is the one that `writeHead` was given, or that stood there when the context settled. */
   #begun = false
   #head: number | undefined
   #ended = false
@@ -201,7 +201,8 @@ export class ResponseGuard implements Interceptor {
   #settle(name: Intercepted): boolean {
     try {
       if (name !== 'end') this.#refuseInBlock()
-      const outcome = this.#answering.outcome(this.#head ?? this.#response.statusCode)
+      this.#head ??= this.#response.statusCode
+      const outcome = this.#answering.outcome(this.#head)
       if (this.#context.settleUntouched(outcome)) return true
       // Before the settlement would end it: what reads it must fail after the answer was given up, not before.
       if (outcome === 'commit') for (const session of this.#context.participants()) session.endStream('refuse')
@@ -234,6 +235,8 @@ export class ResponseGuard implements Interceptor {
   #release(): boolean {
     let drain = false
     this.#state = 'passing'
+    // What it was settled by, whatever was assigned since: Node would have sent it by now.
+    if (this.#head !== undefined && !this.#native('headersSent')) this.#response.statusCode = this.#head
     for (const [name, args] of this.#held.splice(0)) {
       const result = this.#pass(name, args)
       if (name === 'write') drain = result !== false

@@ -167,6 +167,15 @@ describe('C4', () => {
     expect(await wire.ids()).toEqual([3])
   })
 
+  it('C4 takes nothing for an outcome that is none', async () => {
+    const main = wire.define()
+    const context = openContext()
+    await context.run(() => main.db.query('insert into t values (1)'))
+    expect(await failure(context.settle('COMMIT' as 'commit'))).toMatchObject({ code: 'AMBIENT_INVALID_ARGUMENT' })
+    await context.settle('commit')
+    expect(await wire.ids()).toEqual([1])
+  })
+
   it('C4 refuses a hook that waits for the end which waits for the hook', async () => {
     const main = wire.define()
     const context = openContext()

@@ -88,6 +88,32 @@ describe('node:http without error handling of its own', () => {
     ])
   })
 
+  it('H1 H2 sends the status that it was settled by, whatever is assigned behind the end of the answer', async () => {
+    const client = await start(async (_request, response) => {
+      await note('a')
+      response.statusCode = 400
+      response.end('bad')
+      response.statusCode = 200
+    })
+    client.send({ path: '/' })
+    expect(await client.answer()).toMatchObject({ status: 400, body: 'bad' })
+    expect(await notes()).toEqual([])
+  })
+
+  it('H2 takes no outcome for one that is none, such as a promise', async () => {
+    const outcome = (async () => 'commit') as unknown as () => 'commit'
+    const client = await start(
+      async (_request, response) => {
+        await note('a')
+        response.end('good')
+      },
+      { outcome },
+    )
+    client.send({ path: '/' })
+    expect(await client.answer()).toMatchObject({ status: 500 })
+    expect(await notes()).toEqual([])
+  })
+
   it('H3 answers a throw by its statusCode, and warns only of server errors', async () => {
     const client = await start((request) => {
       throw Object.assign(new Error('no'), { statusCode: Number(request.url?.slice(1)) })
