@@ -88,7 +88,9 @@ export function pgAdapter<Engine extends Pool>(
     },
     async commit(client) {
       const { command } = await control(client, 'COMMIT')
-      return command === 'COMMIT' ? 'committed' : 'rolled-back'
+      if (command === 'COMMIT') return 'committed'
+      if (command === 'ROLLBACK') return 'rolled-back'
+      throw new Error(`COMMIT was answered with ${command}: the connection is out of step.`) // so it is no answer
     },
     rollback: (client) => send(client, 'ROLLBACK'),
     savepoint: (client, name) => send(client, `SAVEPOINT ${name}`),
@@ -173,6 +175,7 @@ function requestCancel(client: PoolClient): Promise<void> {
 interface Submittable extends EventEmitter {
   submit(connection: unknown): void
   handleError(error: Error, connection?: unknown): void
+  handleRowDescription?(message: unknown): void
   callback?: QueryCallback | undefined
   text?: unknown
   /** The cursor behind a `pg-query-stream`. */
@@ -188,6 +191,7 @@ type CursorCallback = (error?: Error, rows?: unknown[]) => void
 
 interface Cursor {
   text?: unknown
+  readonly state: string
   read(rows: number, callback?: CursorCallback): unknown
   close(callback?: CursorCallback): unknown
 }
@@ -239,12 +243,12 @@ function submit(
   bindEmitter(subject)
   const callback = subject.callback ?? done
   if (callback) subject.callback = bindCallback(callback)
-  const running: Running = { failure: undefined, onClosing: () => {} }
+  const running: Running = { failure: undefined, synced: false, onClosing: () => {} }
   const { handleError } = subject
   subject.handleError = (error, connection) => {
     running.failure ??= error
     running.onClosing()
-    handleError.call(subject, error, connection)
+    if (!running.synced) handleError.call(subject, error, connection)
   }
   const turn = subject.read
     ? stream(statements, subject, running, block)
@@ -258,6 +262,8 @@ function submit(
 /** What is known of a submitted query while it runs. */
 interface Running {
   failure: Error | undefined
+  /** It was closed with a Sync: another one would put the connection out of step with its answers. */
+  synced: boolean
   onClosing: () => void
 }
 
@@ -331,6 +337,11 @@ function stream(
   }
   const ended = turn()
   const reads = cursor && holdReads(cursor, running, ended)
+  const { handleRowDescription } = subject
+  subject.handleRowDescription = (message) => {
+    // A cursor that was closed before its description came takes it for a beginning, and syncs again at its end.
+    if (!running.synced) handleRowDescription?.call(subject, message)
+  }
   ended.then(
     () => reads?.start(),
     (error) => reads?.refuse(error),
@@ -369,6 +380,7 @@ function holdReads(cursor: Cursor, running: Running, ended: Promise<void>) {
   cursor.close = orPromise((callback) => {
     closed = true
     running.onClosing()
+    running.synced ||= ['submitted', 'idle', 'busy'].includes(cursor.state)
     close.call(cursor, () => {})
     const done = () => callback() // pg itself waits for an answer that a lost connection never gives
     ended.then(done, done)

@@ -252,6 +252,32 @@ describe('C8 contexts', () => {
     await expectNothingLeft(main)
   })
 
+  it.each([
+    ['stream', (sql: string) => new QueryStream(sql)],
+    ['cursor', (sql: string) => new Cursor(sql)],
+  ] as const)('C8 keeps a connection in step whose %s is cancelled before it is described', async (_, make) => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const description = gate()
+    wire.proxy.at('< T', description)
+    const work = failure(
+      newContext(
+        async () => {
+          const rows = main.db.query(make(forever) as Cursor)
+          await (rows instanceof QueryStream ? rows.toArray() : rows.read(1))
+        },
+        { signal: abort.signal },
+      ),
+    )
+    await running(forever)
+    abort.abort()
+    await until(() => count('> cancel') === 1, 'the cancel request')
+    description.open()
+    expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED' })
+    await expectNothingLeft(main)
+    expect(count('> S')).toBe(1)
+  })
+
   it('C8 does nothing for a context that was aborted before it began', async () => {
     const main = wire.define()
     const work = newContext(() => main.db.query('insert into t values (1)'), { signal: AbortSignal.abort() })

@@ -285,7 +285,7 @@ describe('S9', () => {
     await newContext(async () => {
       const rows = await new Promise((resolve, reject) => {
         const done = (error: unknown, result: { rows: unknown[] }) => (error ? reject(error) : resolve(result.rows))
-        main.db.query(new Query('select 1 as n') as never, done as never)
+        void main.db.query(new Query('select 1 as n') as never, done as never)
       })
       expect(rows).toEqual([{ n: 1 }])
       const query = main.db.query(new Query('select 2 as n'))
@@ -320,7 +320,7 @@ describe('S12', () => {
     await run(
       () =>
         new Promise<void>((resolve) => {
-          main.db.query('select 1', () => {
+          void main.db.query('select 1', () => {
             seen.push(inContext())
             main.db.query('select $1::int', [1], () => {
               seen.push(inContext())
