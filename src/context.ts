@@ -381,7 +381,7 @@ export function* enclosingScopes(scope: Scope | undefined = currentScope()): Gen
 }
 
 /** Hooks may use the sessions of their own context when everybody else is refused already. */
-export function insideHook(owner: Context): boolean {
+function insideHook(owner: Context): boolean {
   for (let scope = currentScope(); scope; scope = scope.parent) {
     if (scope.block?.hook && scope.block.live && scope.block.session.owner === owner) return true
   }
