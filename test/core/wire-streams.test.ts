@@ -155,7 +155,7 @@ describe('S9', () => {
         for await (const _ of main.db.query(stream()));
       }),
     )
-    expect(error).toMatchObject({ code: 'ECONNRESET' })
+    expect(String(error)).toMatch(/ECONNRESET|Connection terminated unexpectedly/) // as the driver happens to notice it
     await newContext(() => main.db.query('insert into t values (1)'))
     expect(await wire.ids()).toEqual([1])
   })
