@@ -10,9 +10,9 @@ export interface AbortOptions {
 }
 
 /** Throws `AMBIENT_INVALID_ARGUMENT` for what no timer can wait for. */
-export function assertTimeout(timeout: number | undefined): void {
+export function assertTimeout(timeout: number | undefined, name = 'timeout'): void {
   if (timeout === undefined || (typeof timeout === 'number' && timeout <= longestTimeout)) return
-  const what = `\`timeout\` must be a number of milliseconds, at most ${longestTimeout}.`
+  const what = `\`${name}\` must be a number of milliseconds, at most ${longestTimeout}.`
   throw new AmbientError('AMBIENT_INVALID_ARGUMENT', what)
 }
 

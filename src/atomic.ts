@@ -10,6 +10,8 @@ import { bounded, sleep } from './time.ts'
 /** What an atomic block does about a transaction that is already open. */
 export type CurrentTransaction = 'commit' | 'rollback' | 'append' | 'raise' | 'savepoint' | 'join'
 
+const modes: readonly CurrentTransaction[] = ['commit', 'rollback', 'append', 'raise', 'savepoint', 'join']
+
 /** Options of an atomic block. */
 export interface AtomicOptions extends TransactionSettings, AbortOptions {
   /**
@@ -115,6 +117,11 @@ async function runAtomic<Connection, Result>(
   const { current, retry, signal, timeout, ...settings } = options
   const { label } = owner
   const mode = current ?? (enclosing ? 'savepoint' : 'commit')
+  if (!modes.includes(mode)) {
+    // A slip must not fall through to what commits.
+    const what = `\`current\` must be one of ${modes.join(', ')}.`
+    throw new AmbientError('AMBIENT_INVALID_ARGUMENT', what, { database: session.name })
+  }
   if (enclosing?.live && mode !== 'savepoint' && mode !== 'join') throw nestingError(session, mode)
   const abortion = signal || timeout !== undefined ? new Abortion({ signal, timeout }) : undefined
   const attempt = async (level: Level): Promise<Result> => {

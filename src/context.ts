@@ -158,6 +158,7 @@ export class Context implements AmbientContext, Unit {
   /** `makeScope` gives a session beside the context a scope in which the surrounding context stays the current one. */
   constructor(options: InternalContextOptions, makeScope?: (context: Context) => Scope) {
     assertTimeout(options.timeout) // before anything is there to be ended
+    assertTimeout(options.settleTimeout, 'settleTimeout')
     this.options = options
     this.scope = makeScope ? makeScope(this) : { parent: liveScope(currentScope()), context: this }
     if (contextChannel.hasSubscribers) contextChannel.publish({ type: 'opened', contextId: this.id })

@@ -1,6 +1,6 @@
 import type { NativeBlock, OpenStream, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
 import { type AtomicOptions, atomic, type Block } from './atomic.ts'
-import { type Context, currentScope, enclosingScopes, nextNumber, runAfterHooks } from './context.ts'
+import { assertOutcome, type Context, currentScope, enclosingScopes, nextNumber, runAfterHooks } from './context.ts'
 import type { DatabaseCore } from './database.ts'
 import { Ending } from './ending.ts'
 import { AmbientError } from './errors.ts'
@@ -219,6 +219,7 @@ export class Session<Connection>
     if (this.closed) return Promise.resolve()
     const closedAt = this.place()
     return this.#actOutside('close()', async () => {
+      if (outcome !== undefined) assertOutcome(outcome)
       if (this.inTransaction && outcome === undefined) {
         const what = `The session was to be closed with a transaction open.${this.transaction.whereBegun}`
         throw new AmbientError('AMBIENT_TRANSACTION_OPEN', what, { database: this.name })

@@ -1,4 +1,4 @@
-import { defineDatabase, newContext } from 'ambient-db'
+import { type AtomicOptions, defineDatabase, newContext } from 'ambient-db'
 import { pgAdapter } from 'ambient-db/pg'
 import { Pool, type PoolConfig } from 'pg'
 import { afterAll, beforeAll, expect, it } from 'vitest'
@@ -75,5 +75,21 @@ it('S2 answers begin() on a pipelined pool only when the server has answered BEG
     const [backend] = (await database.backends()).filter(({ applicationName }) => applicationName === 'pipelined')
     expect(backend?.state).toBe('idle in transaction')
   })
+  await main.shutdown()
+})
+
+it('A1 S6 refuses a misspelt answer rather than commit', async () => {
+  const main = define('misspelt')
+  const invalid = { code: 'AMBIENT_INVALID_ARGUMENT' }
+  await database.witness.rows('truncate notes')
+  await newContext(async () => {
+    await main.db.query('insert into notes values (1)')
+    const nested = { current: 'nested' } as unknown as AtomicOptions // as from JavaScript
+    await expect(main.atomic(() => {}, nested)).rejects.toMatchObject(invalid)
+    await expect(main.closeSession('ROLLBACK' as 'rollback')).rejects.toMatchObject(invalid) // likewise
+    expect(await database.witness.rows('select * from notes')).toEqual([])
+    await main.rollback()
+  })
+  expect(await database.witness.rows('select * from notes')).toEqual([])
   await main.shutdown()
 })
