@@ -99,7 +99,7 @@ export function atomic<Connection, Result>(
   const owner: Owner = { label, place: session.place(), owns: true }
   const enclosing = session.enclosingBlock()
   const lane = enclosing?.inner ?? session.lane
-  return lane.track(owner, runAtomic(session, owner, enclosing, work, options))
+  return lane.track(owner, runAtomic(session, owner, enclosing, lane, work, options))
 }
 
 /** The turn of an atomic block; each attempt brings a lane of its own. */
@@ -111,6 +111,7 @@ async function runAtomic<Connection, Result>(
   session: Session<Connection>,
   owner: Owner,
   enclosing: Block<Connection> | undefined,
+  lane: Lane,
   work: () => Result | Promise<Result>,
   options: AtomicOptions,
 ): Promise<Result> {
@@ -151,7 +152,6 @@ async function runAtomic<Connection, Result>(
   }
 
   try {
-    const lane = enclosing?.inner ?? session.lane
     const running = session.inTurn(lane, owner, turn)
     if (!abortion) return await running
     const abortedInLine = new Promise<never>((_, reject) => {
@@ -219,11 +219,7 @@ async function owning<Connection, Result>(
   for (let count = 1; ; count++) {
     const transaction = session.transaction
     const resetHooks = session.ending.rememberHooks()
-    if (!transaction.opened) {
-      transaction.agree(settings)
-      transaction.claimed = true
-      transaction.autocommit = false
-    }
+    if (!transaction.opened) transaction.claim(settings) // for as long as it lasts
     let unsettled = true
     try {
       const result = await attempt(transaction.root)

@@ -225,11 +225,14 @@ export class Session<Connection>
         throw new AmbientError('AMBIENT_TRANSACTION_OPEN', what, { database: this.name })
       }
       this.#closedAt = closedAt
-      if (outcome !== 'rollback') await this.ending.commit()
+      if (outcome !== 'rollback') {
+        await this.ending.commit()
+        return this.closeAtEnd()
+      }
       try {
-        if (outcome === 'rollback') await this.#rollBack()
+        await this.#rollBack()
       } finally {
-        await this.closeAtEnd()
+        await this.closeAtEnd() // also where it is told that the work may be committed
       }
     })
   }
