@@ -1,265 +1,109 @@
-// npm run truth -- [--library=<name>] [--unit=<name>] [--every=<n>] [--case=<id>] [--json=<file>] [--mutants=only|none]
-//   [--minutes=<of each library>] [--concurrency=<n>]
-import { writeFile } from 'node:fs/promises'
+// npm run truth -- [harness…] [--short] [--seed=<n>] [--minutes=<for each subject>] [--json=<file>] [options of the harness]
+import { fork } from 'node:child_process'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { acquirePostgres } from '../support/postgres-server.ts'
-import { type Case, cutsOf, idOf, type Lab, openLab, type Result } from './lab.ts'
-import { type Library, libraries } from './libraries.ts'
-import { control, type Mutant, mutants } from './mutants.ts'
-import type { Violation } from './stage.ts'
-import { units } from './units.ts'
+import { type Harness, holds, type Planted, type Report } from './harness.ts'
+import { harnesses } from './harnesses.ts'
 
-type Counts = Partial<Record<Violation['kind'], number>>
-
-/** What came of the cases of one library. */
-export interface Row {
-  readonly library: string
-  readonly units: number
-  readonly boundaries: number
-  readonly cases: number
-  /** Cases for which there was no time. */
-  readonly left: number
-  /** Cases in which an error said, and had to say, that the outcome is unknown. */
-  readonly unknowns: number
-  readonly violations: Counts
-  /** Cases that failed for want of time, and passed when run again alone. */
-  readonly underLoad: number
-  /** Those that the documentation of the adapter declares. */
-  readonly declared: Counts
-  readonly seconds: number
-}
-
-/** What came of a mutant. */
-export interface MutantRow {
-  readonly mutant: string
-  /** A fault, or an adapter that must pass. */
-  readonly planted: boolean
-  readonly library: string
-  readonly cases: number
-  readonly shows: Violation['kind']
-  /** Cases in which the harness said so. */
-  readonly caught: number
-}
-
-export interface Report {
-  readonly rows: Row[]
-  readonly mutants: MutantRow[]
-  /** Cases that failed in company with others, for want of time, and passed alone. */
-  readonly underLoad: { readonly id: string; readonly violations: readonly Violation[] }[]
-  readonly failures: { readonly id: string; readonly violations: readonly Violation[]; readonly summary: string }[]
-}
-
-const { values: options } = parseArgs({
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  strict: false, // each harness has options of its own
   options: {
-    library: { type: 'string' },
-    unit: { type: 'string' },
-    every: { type: 'string', default: '1' },
-    case: { type: 'string' },
-    json: { type: 'string', default: new URL('results.json', import.meta.url).pathname },
-    mutants: { type: 'string' },
+    short: { type: 'boolean' },
+    seed: { type: 'string' },
     minutes: { type: 'string', default: '15' },
-    concurrency: { type: 'string', default: '32' },
+    json: { type: 'string', default: new URL('results.json', import.meta.url).pathname },
   },
 })
-const every = Number(options.every)
-const concurrency = Number(options.concurrency)
-let deadline = Number.POSITIVE_INFINITY
-const measuredInTime: readonly Violation['kind'][] = [
-  'unreached',
-  'lost slot',
-  'hang',
-  'open transaction',
-  'leaked socket',
-]
+const unknown = positionals.find((wanted) => harnesses.every(({ name }) => name !== wanted))
+if (unknown) throw new Error(`There is no harness '${unknown}', but ${harnesses.map(({ name }) => name).join(', ')}.`)
+const chosen = harnesses.filter(({ name }) => positionals.length === 0 || positionals.includes(name))
 
 const server = await acquirePostgres()
-const lab = await openLab(server.url)
+const reports: Record<string, Report> = {}
 try {
-  if (options.case === undefined) await runAll(lab)
-  else await runAlone(lab, options.case)
+  for (const harness of chosen) {
+    console.log(`\n## ${harness.name}: ${harness.title}`)
+    const report = chosen.length === 1 ? await runHere(harness) : await runApart(harness)
+    reports[harness.name] = report
+    if (chosen.length === 1) printReport(report)
+  }
 } finally {
-  await lab.close()
   await server.stop()
 }
+await writeFile(String(values.json), `${JSON.stringify(reports, null, 2)}\n`)
+if (chosen.length > 1) printSummary()
+if (!Object.values(reports).every(holds)) process.exitCode = 1
 
-async function runAll(lab: Lab): Promise<void> {
-  const report: Report = { rows: [], mutants: [], underLoad: [], failures: [] }
-  if (options.mutants !== 'none') {
-    const rows = await Promise.all([control, ...mutants].map((mutant) => runMutant(lab, mutant)))
-    report.mutants.push(...rows.flat())
-  }
-  if (options.mutants !== 'only') {
-    for (const library of libraries.filter(({ name }) => name === (options.library ?? name))) {
-      deadline = performance.now() + Number(options.minutes) * 60_000
-      const row = await runLibrary(lab, library, report)
-      report.rows.push(row)
-      console.log(`${library.name}: ${row.cases} cases in ${row.seconds} s`)
-    }
-  }
-  await writeFile(options.json, `${JSON.stringify(report, null, 2)}\n`)
-  printReport(report)
-  const escaped = report.mutants.some(({ planted, caught }) => (planted ? caught === 0 : caught > 0))
-  if (escaped || report.failures.length > 0) process.exitCode = 1
-}
-
-async function runLibrary(lab: Lab, library: Library, { failures, underLoad }: Report): Promise<Row> {
-  const startedAt = performance.now()
-  const chosen = units.filter(({ name }) => name === (options.unit ?? name))
-  const undisturbed = chosen.map((unit) => ({ library, unit }))
-  const uncut = await runCases(lab, undisturbed, 6)
-  const cases = chosen.flatMap((unit, index): Case[] => {
-    const cuts = cutsOf(uncut[index]?.boundaries ?? [])
-    return cuts.filter((_, each) => each % every === index % every).map((cut) => ({ library, unit, cut }))
+function runHere(harness: Harness): Promise<Report> {
+  return harness.run({
+    url: server.url,
+    size: values.short ? 'short' : 'long',
+    seed: Number(values.seed ?? Math.floor(Math.random() * 2 ** 31)),
+    time: Number(values.minutes) * 60_000,
+    option: (name) => (typeof values[name] === 'string' ? values[name] : undefined),
   })
-  const results = [...uncut, ...(await runCases(lab, cases))]
-  for (const { violations, id, summary } of results)
-    if (violations.length > 0) failures.push({ id, violations, summary })
-  const passedAlone = results.filter((result) => result.underLoad && result.violations.length === 0)
-  for (const result of passedAlone) underLoad.push({ id: result.id, violations: result.underLoad ?? [] })
-  return {
-    library: library.name,
-    units: chosen.length,
-    boundaries: uncut.reduce((sum, { boundaries }) => sum + boundaries.length, 0),
-    cases: results.length,
-    left: uncut.length + cases.length - results.length,
-    unknowns: results.filter(({ unknowns }) => unknowns > 0).length,
-    violations: count(results.map(({ violations }) => violations)),
-    underLoad: passedAlone.length,
-    declared: count(results.map(({ declared }) => declared)),
-    seconds: Math.round((performance.now() - startedAt) / 1000),
+}
+
+/** Each harness in a process of its own: they count what is uncaught, and measure memory. */
+async function runApart({ name }: Harness): Promise<Report> {
+  const directory = await mkdtemp(join(tmpdir(), 'ambient-db-truth-'))
+  const json = join(directory, 'report.json')
+  const passedOn = process.argv.slice(2).filter((argument) => argument.startsWith('--') && !/^--json\b/.test(argument))
+  const env = { ...process.env, DATABASE_URL: server.url }
+  try {
+    const child = fork(import.meta.filename, [name, ...passedOn, `--json=${json}`], { env })
+    const status = await new Promise((resolve) => child.once('close', resolve))
+    const text = await readFile(json, 'utf8').catch(() => undefined)
+    if (text !== undefined) return (JSON.parse(text) as Record<string, Report>)[name] as Report // it was asked for this one
+    const found = `The harness ended with ${status} and without a report.`
+    return { rows: [], planted: [], failures: [{ id: name, found, again: `npm run truth -- ${name}` }] }
+  } finally {
+    await rm(directory, { recursive: true, force: true })
   }
 }
 
-/** In how many cases there was each kind. */
-function count(cases: readonly (readonly Violation[])[]): Counts {
-  const counts: Counts = {}
-  for (const found of cases) {
-    for (const kind of new Set(found.map((each) => each.kind))) counts[kind] = (counts[kind] ?? 0) + 1
-  }
-  return counts
+function printReport({ rows, planted, failures }: Report): void {
+  for (const { id, found, again } of failures.slice(0, 60)) console.log(`\n${id}\n${found}\n  again: ${again}`)
+  if (failures.length > 60) console.log(`\n… and ${failures.length - 60} more in ${values.json}`)
+  printTable(
+    rows.map(({ subject, runs, violations, seconds, figures }) => ({ subject, runs, ...figures, violations, seconds })),
+  )
+  printTable(
+    planted.map(({ fault, subject, runs, caught, seenAs }) => ({
+      ...{ 'planted fault': fault, subject, runs, caught, 'seen as': seenAs ?? '(no fault)' },
+    })),
+  )
 }
 
-/** The faults are put in at the driver, so they are run where the engine is its pool. */
-async function runMutant(lab: Lab, { name, mutate, units: names, labels, shows }: Mutant): Promise<MutantRow[]> {
-  const rows: MutantRow[] = []
-  for (const library of libraries.filter(({ limits }) => !limits.uncaught)) {
-    const cases: Case[] = []
-    for (const unit of units.filter((each) => names.includes(each.name))) {
-      cases.push({ library, unit, mutate })
-      const { boundaries } = await lab.run({ library, unit, mutate })
-      const cuts = cutsOf(boundaries.filter(({ label }) => labels.test(label)))
-      for (const cut of cuts) if (!cut.fate.endsWith('stall')) cases.push({ library, unit, cut, mutate })
-    }
-    const results = await runCases(lab, cases, 4)
-    const caught = results.filter(({ violations }) => violations.some(({ kind }) => kind === shows)).length
-    const planted = mutants.some((each) => each.name === name)
-    rows.push({ mutant: name, planted, library: library.name, cases: cases.length, shows, caught })
+function printSummary(): void {
+  const seen = ({ planted }: Report) => {
+    const faults = planted.filter(({ seenAs }) => seenAs !== undefined)
+    return `${faults.filter(({ caught }: Planted) => caught > 0).length} of ${faults.length}`
   }
-  return rows
+  printTable(
+    Object.entries(reports).map(([name, report]) => ({
+      harness: name,
+      runs: sum(report.rows.map(({ runs }) => runs)),
+      violations: sum(report.rows.map(({ violations }) => violations)),
+      'planted faults seen': seen(report),
+      seconds: sum(report.rows.map(({ seconds }) => seconds)),
+      holds: holds(report) ? 'yes' : 'NO',
+    })),
+  )
 }
 
-/** Runs several cases at a time, each with a proxy and pools of its own; results come in the order of the cases. */
-async function runCases(lab: Lab, cases: readonly Case[], atOnce = concurrency): Promise<Result[]> {
-  const results: Result[] = []
-  const waiting = spread(cases.length)
-  const worker = async () => {
-    for (let index = waiting.pop(); index !== undefined; index = waiting.pop()) {
-      results[index] = await lab.run(cases[index] as Case)
-      if (performance.now() > deadline) return
-    }
-  }
-  await Promise.all(Array.from({ length: Math.min(atOnce, cases.length) }, worker))
-  for (const [index, subject] of cases.entries()) {
-    if (subject.mutate) continue // it is to fail
-    const first = results[index]
-    let result = first
-    for (let again = 1; again <= 3 && result && mayBeLoad(result); again++) result = await lab.run(subject)
-    if (result && first && result !== first) results[index] = { ...result, underLoad: first.violations }
-  }
-  return results.filter(Boolean)
+function sum(numbers: readonly number[]): number {
+  return numbers.reduce((total, each) => total + each, 0)
 }
 
-/** All numbers below `count`, neighbours far from each other: whatever is run when the time is up is a fair sample. */
-function spread(count: number): number[] {
-  const golden = (index: number) => (index * 0.6180339887498949) % 1
-  return Array.from({ length: count }, (_, index) => index).sort((one, other) => golden(one) - golden(other))
-}
-
-/**
- * On a busy machine a unit may run into its short timeouts before it comes to the message, and clean-up may take longer than
- * allowed: such cases are run again, alone. The report lists those that failed only in company.
- */
-function mayBeLoad({ violations }: Result): boolean {
-  return violations.length > 0 && violations.every(({ kind }) => measuredInTime.includes(kind))
-}
-
-async function runAlone(lab: Lab, id: string): Promise<void> {
-  const [libraryName, unitName] = id.split('/')
-  const library = libraries.find(({ name }) => name === libraryName)
-  const unit = units.find(({ name }) => name === unitName)
-  if (!library || !unit) throw new Error(`There is no unit '${unitName}' or no library '${libraryName}'.`)
-  const uncut = await lab.run({ library, unit })
-  const subjects = cutsOf(uncut.boundaries).map((cut): Case => ({ library, unit, cut }))
-  const subject = subjects.find((each) => idOf(each) === id)
-  if (!subject && id !== uncut.id) throw new Error(`There is no such boundary: ${id}`)
-  const result = subject ? await lab.run(subject) : uncut
-  console.log(result.summary)
-  for (const { kind, text } of result.violations) console.log(`${kind}: ${text}`)
-  for (const { kind, text } of result.declared) console.log(`declared: ${kind}: ${text}`)
-  if (result.violations.length > 0) process.exitCode = 1
-}
-
-function printReport({ rows, mutants, failures }: Report): void {
-  const shown = failures.slice(0, 60)
-  for (const { id, violations, summary } of shown) {
-    console.log(`\n${violations.map(({ kind, text }) => `${kind}: ${text}`).join('\n')}`)
-    console.log(`  said: ${summary}\n  again: npm run truth -- --case=${quote(id)}`)
-  }
-  if (failures.length > shown.length) console.log(`\n… and ${failures.length - shown.length} more in ${options.json}`)
-  if (rows.length > 0) console.log(`\n${table(rows.map(cellsOf))}`)
-  if (mutants.length > 0) {
-    const cells = mutants.map(({ mutant, planted, library, cases, shows, caught }) => ({
-      ...{ 'planted fault': mutant, library, cases, caught, 'seen as': planted ? shows : '(no fault)' },
-    }))
-    console.log(`\n${table(cells)}`)
-  }
-}
-
-function cellsOf({ library, units, boundaries, cases, left, unknowns, declared, violations, underLoad, seconds }: Row) {
-  const cell = (...kinds: Violation['kind'][]) => {
-    const sum = (counts: Counts) => kinds.reduce((total, kind) => total + (counts[kind] ?? 0), 0)
-    return sum(declared) > 0 ? `${sum(violations)} (${sum(declared)} declared)` : sum(violations)
-  }
-  return {
-    ...{
-      library,
-      units,
-      boundaries,
-      cases: left > 0 ? `${cases} (${left} left)` : cases,
-      'wrong outcomes': cell('wrong outcome'),
-      unknowns,
-    },
-    'not justified': cell('unjustified unknown', 'missed unknown'),
-    uncaught: cell('uncaught'),
-    'lost slots': cell('lost slot'),
-    'left open': cell('open transaction', 'leaked socket'),
-    hangs: cell('hang'),
-    'never reached': cell('unreached'),
-    'only under load': underLoad,
-    seconds,
-  }
-}
-
-function table(rows: readonly Record<string, string | number>[]): string {
+function printTable(rows: readonly Record<string, string | number>[]): void {
+  if (rows.length === 0) return
   const titles = Object.keys(rows[0] ?? {})
   const line = (cells: readonly (string | number | undefined)[]) => `| ${cells.join(' | ')} |`
-  return [
-    line(titles),
-    line(titles.map(() => '---')),
-    ...rows.map((row) => line(titles.map((title) => row[title]))),
-  ].join('\n')
-}
-
-function quote(text: string): string {
-  return `'${text.replaceAll("'", `'\\''`)}'`
+  const lines = rows.map((row) => line(titles.map((title) => row[title])))
+  console.log(`\n${[line(titles), line(titles.map(() => '---')), ...lines].join('\n')}`)
 }

@@ -1,6 +1,6 @@
 import type { PoolConfig } from 'pg'
-import type { CurrentTransaction } from '../../src/atomic.ts'
-import { openContext } from '../../src/index.ts'
+import type { CurrentTransaction } from '../../../src/atomic.ts'
+import { openContext } from '../../../src/index.ts'
 import type { Stage } from './stage.ts'
 
 /** A piece of work as users write it. What it says by `report`, `committed` and `rolledBack` is judged against the rows. */

@@ -1,5 +1,5 @@
 import type { Pool, PoolClient } from 'pg'
-import type { Adapter } from '../../src/adapter.ts'
+import type { Adapter } from '../../../src/adapter.ts'
 import type { Violation } from './stage.ts'
 
 type AnyAdapter = Adapter<unknown, unknown, unknown>

@@ -1,5 +1,5 @@
 import { Socket } from 'node:net'
-import type { WireProxy } from '../support/proxy.ts'
+import type { WireProxy } from '../../support/proxy.ts'
 import type { DatabaseName } from './stage.ts'
 
 /** A place in the conversation of a unit of work: the n-th message with this label. */

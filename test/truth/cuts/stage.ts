@@ -1,14 +1,14 @@
 import { Pool, type PoolConfig } from 'pg'
-import type { ContextOptions } from '../../src/context.ts'
+import type { ContextOptions } from '../../../src/context.ts'
 import {
   type AmbientDatabase,
   type AmbientSession,
   defineDatabase,
   isAmbientError,
   newContext,
-} from '../../src/index.ts'
-import type { WireProxy } from '../support/proxy.ts'
-import type { Library } from './libraries.ts'
+} from '../../../src/index.ts'
+import type { WireProxy } from '../../support/proxy.ts'
+import type { Library } from '../libraries.ts'
 import type { Mutate } from './mutants.ts'
 import type { WireLog } from './wire-log.ts'
 

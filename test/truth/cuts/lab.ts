@@ -1,7 +1,7 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { Client, Pool } from 'pg'
-import { type Fate, startProxy } from '../support/proxy.ts'
-import type { Library } from './libraries.ts'
+import { type Fate, startProxy } from '../../support/proxy.ts'
+import type { Library } from '../libraries.ts'
 import type { Mutate } from './mutants.ts'
 import { type DatabaseName, describe, Stage, type Violation } from './stage.ts'
 import type { Unit } from './units.ts'
@@ -42,8 +42,6 @@ export interface Result {
   readonly library: string
   readonly unit: string
   readonly violations: Violation[]
-  /** What was found when the case ran in company, if it was run again alone. */
-  readonly underLoad?: Violation[]
   /** What would be violations, if the documentation of the adapter did not declare them. */
   readonly declared: Violation[]
   /** Errors that said that the outcome is unknown. */

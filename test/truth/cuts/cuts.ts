@@ -1,0 +1,184 @@
+import {
+  type Conditions,
+  commandOf,
+  type Failure,
+  type Harness,
+  type Planted,
+  type Report,
+  type Row,
+} from '../harness.ts'
+import { type Library, libraries } from '../libraries.ts'
+import { type Case, cutsOf, idOf, type Lab, openLab, type Result } from './lab.ts'
+import { control, type Mutant, mutants } from './mutants.ts'
+import type { Violation } from './stage.ts'
+import { units } from './units.ts'
+
+type Kind = Violation['kind']
+
+const measuredInTime: readonly Kind[] = ['unreached', 'lost slot', 'hang', 'open transaction', 'leaked socket']
+
+/**
+ * Options: `--library=<name>`, `--unit=<name>`, `--every=<n>` (of all cases one in n), `--concurrency=<n>`, `--case=<id>` (that one
+ * alone), `--mutants=only` or `none`.
+ */
+export const cuts: Harness = {
+  name: 'cuts',
+  title: 'the connection is cut at every message on the wire',
+  async run(conditions) {
+    const lab = await openLab(conditions.url)
+    try {
+      const id = conditions.option('case')
+      return await (id === undefined ? runAll(lab, conditions) : runAlone(lab, id))
+    } finally {
+      await lab.close()
+    }
+  },
+}
+
+async function runAll(lab: Lab, conditions: Conditions): Promise<Report> {
+  const rows: Row[] = []
+  const failures: Failure[] = []
+  const only = conditions.option('mutants')
+  const planted =
+    only === 'none' ? [] : await Promise.all([control, ...mutants].map((mutant) => runMutant(lab, mutant)))
+  const library = conditions.option('library')
+  if (only !== 'only') {
+    for (const each of libraries.filter(({ name }) => name === (library ?? name))) {
+      rows.push(await runLibrary(lab, each, conditions, failures))
+      console.log(`${each.name}: ${rows.at(-1)?.runs} cases in ${rows.at(-1)?.seconds} s`)
+    }
+  }
+  return { rows, planted: planted.flat(), failures }
+}
+
+async function runLibrary(
+  lab: Lab,
+  library: Library,
+  { size, time, option }: Conditions,
+  failures: Failure[],
+): Promise<Row> {
+  const startedAt = performance.now()
+  const every = Number(option('every') ?? (size === 'short' ? 97 : 1))
+  const wanted = option('unit')
+  const chosen = units.filter(({ name }) => name === (wanted ?? name))
+  const undisturbed = chosen.map((unit) => ({ library, unit }))
+  const uncut = await runCases(lab, undisturbed, { atOnce: 6 })
+  const cases = chosen.flatMap((unit, index): Case[] => {
+    const cuts = cutsOf(uncut[index]?.boundaries ?? [])
+    return cuts.filter((_, each) => each % every === index % every).map((cut) => ({ library, unit, cut }))
+  })
+  const atOnce = Number(option('concurrency') ?? 32)
+  const results = [...uncut, ...(await runCases(lab, cases, { atOnce, deadline: startedAt + time }))]
+  const failed = results.filter(({ violations }) => violations.length > 0)
+  failures.push(...failed.map(failureOf))
+  return {
+    subject: library.name,
+    runs: results.length,
+    violations: failed.length,
+    seconds: Math.round((performance.now() - startedAt) / 1000),
+    figures: {
+      left: uncut.length + cases.length - results.length,
+      units: chosen.length,
+      boundaries: uncut.reduce((sum, { boundaries }) => sum + boundaries.length, 0),
+      'wrong outcomes': count(results, 'wrong outcome'),
+      unknowns: results.filter(({ unknowns }) => unknowns > 0).length,
+      'not justified': count(results, 'unjustified unknown', 'missed unknown'),
+      uncaught: count(results, 'uncaught'),
+      'lost slots': count(results, 'lost slot'),
+      'left open': count(results, 'open transaction', 'leaked socket'),
+      hangs: count(results, 'hang'),
+      'never reached': count(results, 'unreached'),
+      'only under load': results.filter(({ violations, loaded }) => loaded && violations.length === 0).length,
+    },
+  }
+}
+
+/** In how many cases there was one of `kinds`, and in how many one that the documentation of the adapter declares. */
+function count(results: readonly Result[], ...kinds: Kind[]): string | number {
+  const among = (list: 'violations' | 'declared') =>
+    results.filter((result) => result[list].some(({ kind }) => kinds.includes(kind))).length
+  return among('declared') > 0 ? `${among('violations')} (${among('declared')} declared)` : among('violations')
+}
+
+function failureOf({ id, violations, summary }: Result): Failure {
+  const found = [...violations.map(({ kind, text }) => `${kind}: ${text}`), `said: ${summary}`].join('\n')
+  return { id, found, again: commandOf('cuts', { case: id }) }
+}
+
+/** The faults are put in at the driver, so they are run where the engine is its pool. */
+async function runMutant(lab: Lab, { name, mutate, units: names, labels, shows }: Mutant): Promise<Planted[]> {
+  const rows: Planted[] = []
+  for (const library of libraries.filter(({ limits }) => !limits.uncaught)) {
+    const cases: Case[] = []
+    for (const unit of units.filter((each) => names.includes(each.name))) {
+      cases.push({ library, unit, mutate })
+      const { boundaries } = await lab.run({ library, unit, mutate })
+      const cuts = cutsOf(boundaries.filter(({ label }) => labels.test(label)))
+      for (const cut of cuts) if (!cut.fate.endsWith('stall')) cases.push({ library, unit, cut, mutate })
+    }
+    const results = await runCases(lab, cases, { atOnce: 4 })
+    const caught = results.filter(({ violations }) => violations.some(({ kind }) => kind === shows)).length
+    const planted = mutants.some((each) => each.name === name)
+    rows.push({ fault: name, subject: library.name, runs: cases.length, caught, ...(planted && { seenAs: shows }) })
+  }
+  return rows
+}
+
+/** Runs several cases at a time, each with a proxy and pools of its own; results come in the order of the cases. */
+async function runCases(
+  lab: Lab,
+  cases: readonly Case[],
+  { atOnce, deadline = Number.POSITIVE_INFINITY }: { readonly atOnce: number; readonly deadline?: number },
+): Promise<(Result & { readonly loaded: boolean })[]> {
+  const results: (Result & { readonly loaded: boolean })[] = []
+  const waiting = spread(cases.length)
+  const worker = async () => {
+    for (let index = waiting.pop(); index !== undefined; index = waiting.pop()) {
+      results[index] = { ...(await lab.run(cases[index] as Case)), loaded: false }
+      if (performance.now() > deadline) return
+    }
+  }
+  await Promise.all(Array.from({ length: Math.min(atOnce, cases.length) }, worker))
+  for (const [index, subject] of cases.entries()) {
+    if (subject.mutate) continue // it is to fail
+    for (let again = 1; again <= 3; again++) {
+      const result = results[index]
+      if (!result || !mayBeLoad(result)) break
+      results[index] = { ...(await lab.run(subject)), loaded: true }
+    }
+  }
+  return results.filter(Boolean)
+}
+
+/** All numbers below `count`, neighbours far from each other: whatever is run when the time is up is a fair sample. */
+function spread(count: number): number[] {
+  const golden = (index: number) => (index * 0.6180339887498949) % 1
+  return Array.from({ length: count }, (_, index) => index).sort((one, other) => golden(one) - golden(other))
+}
+
+/**
+ * On a busy machine a unit may run into its short timeouts before it comes to the message, and clean-up may take longer than
+ * allowed: such cases are run again, alone, and counted if they pass then.
+ */
+function mayBeLoad({ violations }: Result): boolean {
+  return violations.length > 0 && violations.every(({ kind }) => measuredInTime.includes(kind))
+}
+
+async function runAlone(lab: Lab, id: string): Promise<Report> {
+  const startedAt = performance.now()
+  const [libraryName, unitName] = id.split('/')
+  const library = libraries.find(({ name }) => name === libraryName)
+  const unit = units.find(({ name }) => name === unitName)
+  if (!library || !unit) throw new Error(`There is no unit '${unitName}' or no library '${libraryName}'.`)
+  const uncut = await lab.run({ library, unit })
+  const subjects = cutsOf(uncut.boundaries).map((cut): Case => ({ library, unit, cut }))
+  const subject = subjects.find((each) => idOf(each) === id)
+  if (!subject && id !== uncut.id) throw new Error(`There is no such boundary: ${id}`)
+  const result = subject ? await lab.run(subject) : uncut
+  console.log(`said: ${result.summary}`)
+  for (const { kind, text } of result.declared) console.log(`declared: ${kind}: ${text}`)
+  const failed = result.violations.length > 0
+  const seconds = Math.round((performance.now() - startedAt) / 1000)
+  const row: Row = { subject: library.name, runs: 1, violations: failed ? 1 : 0, seconds, figures: {} }
+  return { rows: [row], planted: [], failures: failed ? [failureOf(result)] : [] }
+}

@@ -1,0 +1,4 @@
+import { cuts } from './cuts/cuts.ts'
+import type { Harness } from './harness.ts'
+
+export const harnesses: readonly Harness[] = [cuts]
