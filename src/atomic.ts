@@ -1,11 +1,12 @@
 import { Abortion, type AbortOptions } from './abortion.ts'
 import type { TransactionSettings } from './adapter.ts'
+import { bounded } from './clock.ts'
 import { currentScope, runInScope, type Scope, type ScopeBlock } from './context.ts'
 import { AmbientError, isAmbientError, stateOutcome } from './errors.ts'
 import { Lane, type Occupant } from './lane.ts'
 import { Level } from './level.ts'
 import type { Session } from './session.ts'
-import { bounded, sleep } from './time.ts'
+import { sleep } from './time.ts'
 
 /** What an atomic block does about a transaction that is already open. */
 export type CurrentTransaction = 'commit' | 'rollback' | 'append' | 'raise' | 'savepoint' | 'join'

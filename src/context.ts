@@ -94,6 +94,9 @@ export function bindCallback<Args extends unknown[], Result>(
   return (...args) => inside(callback, ...args)
 }
 
+/** Runs `work` in no async context, neither ours nor anybody's: for what serves many units of work. */
+export const outside: <Result>(work: () => Result) => Result = AsyncLocalStorage.snapshot()
+
 /** Options of a context. */
 export interface ContextOptions extends AbortOptions {
   /** How transactions of this context begin. Default is what each database says. */

@@ -1,10 +1,14 @@
 import type { Adapter, Capabilities } from './adapter.ts'
+import { bounded } from './clock.ts'
 import { bindCallback, detach } from './context.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
-import { bounded, drained, nextTurn } from './time.ts'
+import { drained, nextTurn } from './time.ts'
 
 /** How long a cancelled statement may take to end before its connection is destroyed, in ms. */
 const cancelGrace = 1000
+
+/** What waiting for a connection ends with when it took too long. */
+const tooLate = Symbol('too late')
 
 /** A connection that a session holds, until it is released once. */
 export class Lease<Connection> {
@@ -145,14 +149,10 @@ class Slot<Connection> {
   }
 
   /**
-   * Waits for the only connection; returns what frees it. `refusal` is asked at once, and again whenever another session has
+   * Waits for the only connection, at most `timeout` ms; returns what frees it. `refusal` is asked at once, and again whenever another session has
    * come to hold the connection.
    */
-  async takeTurn(
-    timeout: number,
-    onTimeout: () => AmbientError,
-    refusal: () => AmbientError | undefined,
-  ): Promise<() => void> {
+  async takeTurn(timeout: number, refusal: () => AmbientError | undefined): Promise<() => void> {
     const refused = refusal()
     if (refused) throw refused
     let free = () => {}
@@ -170,7 +170,7 @@ class Slot<Connection> {
     })
     this.#waiters.add(look)
     try {
-      await bounded(turn, timeout, onTimeout)
+      await bounded(turn, timeout, () => tooLate)
     } catch (error) {
       void before.then(free)
       throw error
@@ -245,14 +245,13 @@ export class Engines<Connection> {
     const leave = slot.users.enter() // so that the engine is not closed between here and the connection
     let free = () => {}
     try {
-      const deadline = performance.now() + this.#database.acquireTimeout
-      const late = () => this.#acquireTimeout(held().length)
-      const engine = slot.ready ?? (await bounded(slot.engine(), this.#database.acquireTimeout, late))
+      const { acquireTimeout } = this.#database
+      const engine = slot.ready ?? (await bounded(slot.engine(), acquireTimeout, () => tooLate))
       if (slot.capabilities(engine).singleConnection) {
         const refusal = bindCallback(() =>
           slot.holder && held().includes(slot.holder) ? this.#selfDeadlock() : undefined,
         )
-        free = await slot.takeTurn(this.#database.acquireTimeout, late, refusal)
+        free = await slot.takeTurn(acquireTimeout, refusal)
         slot.holder = session
       }
       let lease: Lease<Connection> | undefined
@@ -262,8 +261,7 @@ export class Engines<Connection> {
         lease?.lose(error)
       }
       const acquiring = detach(() => slot.adapter.acquire(engine, onLost))
-      const left = Math.max(0, deadline - performance.now())
-      const connection = await bounded(acquiring, left, late).catch((error) => {
+      const connection = await bounded(acquiring, acquireTimeout, () => tooLate).catch((error) => {
         acquiring.then((unwanted) => detach(() => slot.adapter.release(engine, unwanted))).catch(() => {})
         throw error
       })
@@ -279,7 +277,7 @@ export class Engines<Connection> {
       if (slot.holder === session) slot.holder = undefined
       free()
       leave()
-      throw error
+      throw error === tooLate ? this.#acquireTimeout(held().length) : error
     }
   }
 

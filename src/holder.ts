@@ -40,22 +40,18 @@ export class Holder<Connection> {
       throw new AmbientError('AMBIENT_TRANSACTION_ABORTED', what, { database: this.#database.name, cause: this.#lost })
     }
     const startedAt = performance.now()
-    const lease = await this.#acquire().catch((error) => {
+    try {
+      if (!this.#prepared) await this.#database.prepare()
+      this.#prepared = true
+      const lease = await this.#database.engines.acquire(this.#session, this.#surroundingHolders)
+      this.#since = performance.now()
+      this.#session.publish('acquired', { duration: this.#since - startedAt })
+      if (this.#hold && !this.#session.closed) this.#pinned = lease // one that comes too late is released like any other
+      return lease
+    } catch (error) {
       this.#session.publish('acquire-failed', { duration: performance.now() - startedAt, error })
       throw error
-    })
-    this.#since = performance.now()
-    this.#session.publish('acquired', { duration: this.#since - startedAt })
-    if (this.#hold && !this.#session.closed) this.#pinned = lease // one that comes too late is released like any other
-    return lease
-  }
-
-  async #acquire(): Promise<Lease<Connection>> {
-    if (!this.#prepared) {
-      await this.#database.prepare()
-      this.#prepared = true
     }
-    return this.#database.engines.acquire(this.#session, () => this.#surroundingHolders())
   }
 
   /** Gives the connection back; `broken` destroys it. */
@@ -77,7 +73,7 @@ export class Holder<Connection> {
   }
 
   /** Sessions of this database around the running code that hold a connection (S11). */
-  #surroundingHolders(): object[] {
+  #surroundingHolders = (): object[] => {
     const holders = new Set<object>()
     for (const scope of enclosingScopes()) {
       for (const session of [scope.session, scope.context?.peek(this.#database)] as (Session<unknown> | undefined)[]) {

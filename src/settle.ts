@@ -1,6 +1,6 @@
+import { bounded } from './clock.ts'
 import { AmbientError, attachCleanupError, isAmbientError, stateOutcome } from './errors.ts'
 import type { Bound } from './lane.ts'
-import { bounded } from './time.ts'
 
 /** A session as its context sees it when the context ends. */
 export interface Participant {

@@ -15,20 +15,3 @@ export function nextTurn(): Promise<void> {
 export function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms))
 }
-
-/** Settles as `promise` does, or rejects with `onTimeout()` after `ms` milliseconds. `promise` never becomes an unhandled rejection. */
-export function bounded<Result>(promise: Promise<Result>, ms: number, onTimeout: () => unknown): Promise<Result> {
-  return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => reject(onTimeout()), ms)
-    promise.then(
-      (result) => {
-        clearTimeout(timer)
-        resolve(result)
-      },
-      (error) => {
-        clearTimeout(timer)
-        reject(error)
-      },
-    )
-  })
-}

@@ -1,4 +1,5 @@
 import type { TransactionOptions, TransactionSettings } from './adapter.ts'
+import { bounded } from './clock.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, attachCleanupError } from './errors.ts'
 import { type TransactionEvent, transactionChannel } from './events.ts'
@@ -6,7 +7,6 @@ import { connectionLost, type Failure, failByError, failByStatus } from './failu
 import type { Holder } from './holder.ts'
 import { dropHooks, moveHooks } from './hooks.ts'
 import { assertLive, hasEnded, Level } from './level.ts'
-import { bounded } from './time.ts'
 import { happened } from './trace.ts'
 import { retryBusy, Wire } from './wire.ts'
 

@@ -1,5 +1,6 @@
+import { bounded } from './clock.ts'
 import type { Lease } from './engine.ts'
-import { bounded, sleep } from './time.ts'
+import { sleep } from './time.ts'
 
 /** What a transaction has at the database now, and how long it may be there. */
 export class Wire {

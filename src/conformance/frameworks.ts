@@ -4,12 +4,12 @@ import { once } from 'node:events'
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { Readable } from 'node:stream'
 import { setImmediate as nextTurn } from 'node:timers/promises'
+import { bounded } from '../clock.ts'
 import { Context, hasContext, newContext } from '../context.ts'
 import type { AmbientDatabase } from '../database.ts'
 import { isAmbientError } from '../errors.ts'
 import type { ContextEvent } from '../events.ts'
 import type { DatabaseContextOptions } from '../request.ts'
-import { bounded } from '../time.ts'
 import { type RawAnswer, RawClient, type RawRequest } from './raw-client.ts'
 
 type Row = Record<string, unknown>
