@@ -143,7 +143,8 @@ export class Context implements AmbientContext, Unit {
   readonly id: number = nextNumber()
   options: InternalContextOptions
   readonly scope: Scope
-  readonly #sessions = new Map<object, Participant>()
+  /** By their databases; so few that looking is cheaper than a map. */
+  #sessions: { readonly key: object; readonly session: Participant }[] = []
   readonly #openedAt = contextChannel.hasSubscribers ? performance.now() : 0
   #state: ContextState = 'open'
   #fenced = false
@@ -231,25 +232,26 @@ export class Context implements AmbientContext, Unit {
 
   /** The session for `key`, made by `open` if there is none (or only a closed one). */
   session<Session extends Participant>(key: object, open: () => Session): Session {
-    const known = this.#sessions.get(key)
+    const known = this.peek(key)
     if (known) return known as Session // only the database of `key` puts one here
     const session = open()
-    this.#sessions.set(key, session)
+    this.#sessions.push({ key, session })
     return session
   }
 
   /** The session for `key`, if there is one. */
   peek(key: object): Participant | undefined {
-    return this.#sessions.get(key)
+    for (const each of this.#sessions) if (each.key === key) return each.session
+    return undefined
   }
 
   /** Forgets a session that was closed by hand. */
   forget(key: object, session: Participant): void {
-    if (this.#sessions.get(key) === session) this.#sessions.delete(key)
+    this.#sessions = this.#sessions.filter((each) => each.key !== key || each.session !== session)
   }
 
   participants(): Participant[] {
-    const sessions = [...this.#sessions.values()]
+    const sessions = this.#sessions.map(({ session }) => session)
     return sessions.length > 1 ? sessions.sort((one, other) => one.order - other.order) : sessions
   }
 
@@ -260,7 +262,7 @@ export class Context implements AmbientContext, Unit {
 
   fence(): void {
     this.#fenced = true
-    for (const session of this.#sessions.values()) session.fence()
+    for (const { session } of this.#sessions) session.fence()
   }
 
   seal(): void {
@@ -287,15 +289,15 @@ export class Context implements AmbientContext, Unit {
 
   /** No session was asked for. */
   get empty(): boolean {
-    return this.#sessions.size === 0
+    return this.#sessions.length === 0
   }
 
   /** Ends the context at once if no session has anything to settle; tells whether it did. */
   settleUntouched(outcome: 'commit' | 'rollback'): boolean {
     if (this.#settlement) return false
-    for (const session of this.#sessions.values()) if (session.touched) return false
+    for (const { session } of this.#sessions) if (session.touched) return false
     this.fence()
-    for (const session of this.#sessions.values()) void session.closeAtEnd()
+    for (const { session } of this.#sessions) void session.closeAtEnd()
     this.#outcome = outcome
     this.#settlement = Promise.resolve()
     this.#end(outcome === 'commit' ? 'committed' : 'rolled-back')
@@ -334,7 +336,7 @@ export class Context implements AmbientContext, Unit {
   /** Empties the container, so that whatever still points at the context pins nothing (C4). */
   #end(state: ContextState, error?: unknown): AfterHook[] {
     this.#abortion?.stop()
-    this.#sessions.clear()
+    this.#sessions = []
     this.options = {}
     this.#state = state
     const hooks = this.#afterHooks.sort(byRegistration)

@@ -123,8 +123,8 @@ export interface DatabaseCore<Connection> {
   /** Sessions that are not closed. */
   readonly sessions: Set<Session<Connection>>
   readonly reportHookError: (error: unknown) => void
-  /** Runs `beforeSession`. */
-  prepare(): Promise<void>
+  /** Runs `beforeSession`, if there is one. */
+  prepare(): Promise<unknown> | undefined
   contextEnded(owner: Context): AmbientError
 }
 
@@ -302,17 +302,17 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   }
 
   /** Concurrent sessions share one run of `beforeSession` (D2). */
-  async prepare(): Promise<void> {
+  prepare(): Promise<unknown> | undefined {
     const { beforeSession } = this.#options
     this.engines.assertOpen()
-    if (!beforeSession) return
+    if (!beforeSession) return undefined
     this.#assertNotPreparing()
     this.#preparing ??= runInScope({ parent: undefined, context: undefined, preparing: this }, async () =>
       beforeSession(this),
     ).finally(() => {
       this.#preparing = undefined
     })
-    await this.#preparing
+    return this.#preparing
   }
 
   #assertNotPreparing(): void {

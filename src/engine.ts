@@ -33,22 +33,26 @@ export class Lease<Connection> {
   }
 
   /** Gives the connection back; `broken`, or its loss, destroys it. Harmless when called again. */
-  async release(broken?: Error): Promise<void> {
-    if (this.#interruption) await this.#interruption // a cancel request that is on its way would hit the next borrower
-    await this.#giveBack(broken)
+  release(broken?: Error): Promise<void> | undefined {
+    // A cancel request that is on its way would hit the next borrower.
+    return this.#interruption ? this.#interruption.then(() => this.#giveBack(broken)) : this.#giveBack(broken)
   }
 
   /** Never throws: what the transaction has come to is not changed by it. */
-  async #giveBack(broken: Error | undefined): Promise<void> {
-    if (this.#released) return
+  #giveBack(broken: Error | undefined): Promise<void> | undefined {
+    if (this.#released) return undefined
     this.#released = true
-    try {
-      await detach(() => this.adapter.release(this.#engine, this.connection, broken ?? this.lost))
-    } catch (error) {
+    const failed = (error: unknown) => {
       process.emitWarning(`ambient-db: giving a connection back failed: ${codeOf(error)}`)
-    } finally {
-      this.#onRelease()
     }
+    try {
+      const releasing = detach(() => this.adapter.release(this.#engine, this.connection, broken ?? this.lost))
+      if (releasing) return releasing.catch(failed).then(this.#onRelease)
+    } catch (error) {
+      failed(error)
+    }
+    this.#onRelease()
+    return undefined
   }
 
   /** The connection is of no use any more; the first error says why. */
@@ -244,9 +248,11 @@ export class Engines<Connection> {
     const slot = this.#slot
     const leave = slot.users.enter() // so that the engine is not closed between here and the connection
     let free = () => {}
+    let engine: unknown
+    let acquiring: Promise<Connection> | undefined
     try {
       const { acquireTimeout } = this.#database
-      const engine = slot.ready ?? (await bounded(slot.engine(), acquireTimeout, () => tooLate))
+      engine = slot.ready ?? (await bounded(slot.engine(), acquireTimeout, () => tooLate))
       if (slot.capabilities(engine).singleConnection) {
         const refusal = bindCallback(() =>
           slot.holder && held().includes(slot.holder) ? this.#selfDeadlock() : undefined,
@@ -260,11 +266,8 @@ export class Engines<Connection> {
         lost ??= error
         lease?.lose(error)
       }
-      const acquiring = detach(() => slot.adapter.acquire(engine, onLost))
-      const connection = await bounded(acquiring, acquireTimeout, () => tooLate).catch((error) => {
-        acquiring.then((unwanted) => detach(() => slot.adapter.release(engine, unwanted))).catch(() => {})
-        throw error
-      })
+      acquiring = detach(() => slot.adapter.acquire(engine, onLost))
+      const connection = await bounded(acquiring, acquireTimeout, () => tooLate)
       lease = new Lease(slot, engine, connection, () => {
         slot.holder = undefined
         free()
@@ -274,6 +277,7 @@ export class Engines<Connection> {
       if (slot.holder === session) void drained().then(() => slot.refuseWaiters()) // the session knows of its connection then
       return lease
     } catch (error) {
+      acquiring?.then((unwanted) => detach(() => slot.adapter.release(engine, unwanted))).catch(() => {})
       if (slot.holder === session) slot.holder = undefined
       free()
       leave()

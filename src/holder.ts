@@ -61,7 +61,8 @@ export class Holder<Connection> {
       this.#pinned = undefined
       this.#lost = broken ?? lease.lost
     }
-    await lease.release(broken)
+    const releasing = lease.release(broken)
+    if (releasing) await releasing
     const type = broken ? 'destroyed' : 'released'
     this.#session.publish(type, { duration: performance.now() - this.#since, error: broken })
   }

@@ -201,12 +201,15 @@ export class Transaction<Connection> {
   }
 
   /** Makes sure that `level` is open on the server, or on the way with its first statement. */
-  async open(level: Level): Promise<void> {
-    if (level.opened) return
-    level.opening ??= (level.parent ? this.#openSavepoint(level, level.parent) : this.#begin()).finally(() => {
+  open(level: Level): Promise<void> | undefined {
+    if (level.opened || level.opening) return level.opening
+    const opening = level.parent ? this.#openSavepoint(level, level.parent) : this.#begin()
+    const over = () => {
       level.opening = undefined
-    })
-    await level.opening
+    }
+    level.opening = opening
+    opening.then(over, over)
+    return opening
   }
 
   async #openSavepoint(level: Level, parent: Level): Promise<void> {
@@ -236,25 +239,22 @@ export class Transaction<Connection> {
       await this.#host.holder.release(lease) // it came too late
       throw this.root.refusal()
     }
-    let broken: Error | undefined
+    let answered = false
     this.#beginning = lease
     try {
-      const begin = () =>
-        this.#beginOn(lease).catch((error) => {
-          if (lease.adapter.traits(error).reply !== 'answered') broken = asError(error)
-          throw error
-        })
       const bare = Object.values(this.settings).every((value) => value === undefined)
       if (bare && !this.#host.afterBegin && lease.adapter.mayPipelineBegin?.(lease.connection)) {
         this.#begun = lease.adapter.begin(lease.connection, this.settings)
         this.#begun.catch(() => {}) // looked at after the statement that travels with it
       } else {
-        await this.#wire.answer(retryBusy(begin, lease, this.#host.acquireTimeout))
+        await this.#wire.answer(retryBusy(() => this.#beginOn(lease), lease, this.#host.acquireTimeout))
       }
+      answered = true
       assertLive(this.root)
     } catch (error) {
-      if (broken) await this.#host.holder.release(lease, broken)
-      else await this.#cleanUp(lease, error)
+      answered ||= lease.adapter.traits(error).reply === 'answered'
+      if (answered) await this.#cleanUp(lease, error)
+      else await this.#host.holder.release(lease, asError(error))
       throw error
     } finally {
       this.#beginning = undefined
@@ -290,7 +290,7 @@ export class Transaction<Connection> {
   }
 
   #acquire(): Promise<Lease<Connection>> {
-    return this.#wire.acquire(() => this.#host.holder.lease())
+    return this.#wire.connection(this.#host.holder.lease())
   }
 
   /**

@@ -28,24 +28,26 @@ export class Wire {
     this.#lastActivity = performance.now()
   }
 
-  async acquire<Connection>(acquire: () => Promise<Lease<Connection>>): Promise<Lease<Connection>> {
+  /** Notes that a connection is waited for, as long as it is; returns the same promise. */
+  connection<Connection>(lease: Promise<Lease<Connection>>): Promise<Lease<Connection>> {
     this.#acquiring = true
-    try {
-      return await acquire()
-    } finally {
+    const over = () => {
       this.#acquiring = false
       this.active()
     }
+    lease.then(over, over)
+    return lease
   }
 
-  async answer<Result>(answer: Promise<Result>): Promise<Result> {
+  /** Notes that an answer is waited for, as long as it is; returns the same promise. */
+  answer<Result>(answer: Promise<Result>): Promise<Result> {
     this.#answer = answer
-    try {
-      return await answer
-    } finally {
+    const over = () => {
       if (this.#answer === answer) this.#answer = undefined
       this.active()
     }
+    answer.then(over, over)
+    return answer
   }
 
   /** For what ends a transaction or savepoint: rejects when its answer has not come after `settleTimeout`. */
@@ -65,18 +67,27 @@ export class Wire {
 }
 
 /** SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). */
-export async function retryBusy<Result, Connection>(
+export function retryBusy<Result, Connection>(
   act: () => Promise<Result>,
-  lease: Lease<Connection>,
+  { adapter }: Lease<Connection>,
   timeout: number,
 ): Promise<Result> {
-  const deadline = performance.now() + timeout
-  for (let wait = 1; ; wait = Math.min(wait * 2, 50)) {
-    try {
-      return await act()
-    } catch (error) {
-      if (!lease.adapter.traits(error).busy || performance.now() + wait > deadline) throw error
+  const retry = async (error: unknown): Promise<Result> => {
+    const deadline = performance.now() + timeout
+    let latest = error
+    for (
+      let wait = 1;
+      adapter.traits(latest).busy && performance.now() + wait <= deadline;
+      wait = Math.min(wait * 2, 50)
+    ) {
+      await sleep(wait * (0.5 + Math.random() / 2))
+      try {
+        return await act()
+      } catch (again) {
+        latest = again
+      }
     }
-    await sleep(wait * (0.5 + Math.random() / 2))
+    throw latest
   }
+  return act().catch(retry)
 }
