@@ -18,33 +18,64 @@ export function bounded<Result>(promise: Promise<Result>, ms: number, onTimeout:
   })
 }
 
-interface Wait {
+/** A link of a ring, so that one is taken out without looking for it and without leaving anything behind. */
+class Wait {
+  before: Wait = this
+  after: Wait = this
   /** By `performance.now()`. */
   readonly until: number
   readonly expire: () => void
+
+  constructor(until: number, expire: () => void) {
+    this.until = until
+    this.expire = expire
+  }
+
+  insertBefore(other: Wait): void {
+    this.before = other.before
+    this.after = other
+    this.before.after = this
+    other.before = this
+  }
+
+  remove(): void {
+    this.before.after = this.after
+    this.after.before = this.before
+    this.before = this
+    this.after = this
+  }
 }
 
-/** All that waits for the same number of ms, in the order in which it runs out, with one timer: a timer for each costs more than what it guards. */
+/**
+ * All that waits for the same number of ms, in the order in which it runs out, with one timer: a timer for each costs more than
+ * what it guards.
+ */
 class Clock {
   readonly #ms: number
-  readonly #waits = new Set<Wait>()
+  /** Its `after` is the wait that runs out first. */
+  readonly #ends = new Wait(Number.POSITIVE_INFINITY, () => {})
   #timer: NodeJS.Timeout | undefined
 
   constructor(ms: number) {
     this.#ms = ms
   }
 
+  get #idle(): boolean {
+    return this.#ends.after === this.#ends
+  }
+
   start(expire: () => void): Wait {
-    const wait = { until: performance.now() + this.#ms, expire }
-    this.#waits.add(wait)
+    const wait = new Wait(performance.now() + this.#ms, expire)
     if (!this.#timer) this.#set(this.#ms)
-    else if (this.#waits.size === 1) this.#timer.ref()
+    else if (this.#idle) this.#timer.ref()
+    wait.insertBefore(this.#ends)
     return wait
   }
 
   /** The timer goes on for whoever comes next, but keeps no process alive. */
   stop(wait: Wait): void {
-    if (this.#waits.delete(wait) && this.#waits.size === 0) this.#timer?.unref()
+    wait.remove()
+    if (this.#idle) this.#timer?.unref()
   }
 
   #set(ms: number): void {
@@ -53,14 +84,14 @@ class Clock {
 
   #ring = (): void => {
     const now = performance.now()
-    for (const wait of this.#waits) {
-      if (wait.until > now) break
-      this.#waits.delete(wait)
-      wait.expire()
+    let first = this.#ends.after
+    while (first.until <= now) {
+      first.remove()
+      first.expire()
+      first = this.#ends.after
     }
-    const [next] = this.#waits
-    if (next) this.#set(next.until - now)
-    else clocks.delete(this.#ms)
+    if (this.#idle) clocks.delete(this.#ms)
+    else this.#set(first.until - now)
   }
 }
 

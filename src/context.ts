@@ -2,10 +2,10 @@ import { AsyncLocalStorage } from 'node:async_hooks'
 import type { EventEmitter } from 'node:events'
 import { Abortion, type AbortOptions, assertTimeout } from './abortion.ts'
 import type { TransactionOptions } from './adapter.ts'
-import { AmbientError, attachCleanupError } from './errors.ts'
+import { AmbientError } from './errors.ts'
 import { contextChannel } from './events.ts'
 import { type AfterHook, byRegistration } from './hooks.ts'
-import { commitAll, type Participant, rollbackAll, type Unit } from './settle.ts'
+import { closeAll, commitAll, type Participant, rollbackAll, type Unit } from './settle.ts'
 
 /** Grows when copies of the package can no longer share contexts. */
 const protocol = 1
@@ -326,8 +326,8 @@ export class Context implements AmbientContext, Unit {
     } catch (thrown) {
       failure = thrown
     }
-    for (const session of this.participants())
-      await session.closeAtEnd().catch((second) => attachCleanupError(failure ?? error, second))
+    const closing = closeAll(this, failure ?? error)
+    if (closing) await closing
     const hooks = this.#end(state, failure ?? (outcome === 'rollback' ? reason : undefined))
     if (hooks.length > 0) await runAfterHooks(hooks)
     if (state === 'failed') throw failure

@@ -77,13 +77,14 @@ export class Ending<Connection> {
   }
 
   /** COMMIT without the hooks before it. */
-  async sendCommit(): Promise<void> {
-    this.underWay = this.#commitTransaction()
-    try {
-      await this.underWay
-    } finally {
+  sendCommit(): Promise<void> {
+    const committing = this.#commitTransaction()
+    const over = () => {
       this.underWay = undefined
     }
+    this.underWay = committing
+    committing.then(over, over)
+    return committing
   }
 
   async #commitTransaction(): Promise<void> {

@@ -1,6 +1,6 @@
 import type { Adapter, Capabilities } from './adapter.ts'
 import { bounded } from './clock.ts'
-import { bindCallback, detach } from './context.ts'
+import { bindCallback, detach, outside } from './context.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { drained, nextTurn } from './time.ts'
 
@@ -46,7 +46,7 @@ export class Lease<Connection> {
       process.emitWarning(`ambient-db: giving a connection back failed: ${codeOf(error)}`)
     }
     try {
-      const releasing = detach(() => this.adapter.release(this.#engine, this.connection, broken ?? this.lost))
+      const releasing = outside(() => this.adapter.release(this.#engine, this.connection, broken ?? this.lost))
       if (releasing) return releasing.catch(failed).then(this.#onRelease)
     } catch (error) {
       failed(error)

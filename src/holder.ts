@@ -68,9 +68,9 @@ export class Holder<Connection> {
   }
 
   /** Session state must not reach the next borrower of a pinned connection. */
-  async end(): Promise<void> {
+  end(): Promise<void> | undefined {
     const lease = this.#pinned
-    if (lease) await this.release(lease, new Error('The connection of a session with `hold` is not used again.'))
+    return lease && this.release(lease, new Error('The connection of a session with `hold` is not used again.'))
   }
 
   /** Sessions of this database around the running code that hold a connection (S11). */

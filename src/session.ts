@@ -421,12 +421,11 @@ export class Session<Connection>
     await this.owner.settle('rollback', error).catch(() => {}) // whoever settles it gets the error
   }
 
-  async commitAtEnd(): Promise<void> {
-    try {
-      await this.ending.sendCommit()
-    } finally {
-      this.owner.defer(this.ending.takeDue())
-    }
+  commitAtEnd(): Promise<void> {
+    const committing = this.ending.sendCommit()
+    const over = () => this.owner.defer(this.ending.takeDue())
+    committing.then(over, over)
+    return committing
   }
 
   async rollbackAtEnd(error: unknown): Promise<boolean> {
@@ -435,8 +434,8 @@ export class Session<Connection>
     return said
   }
 
-  async closeAtEnd(): Promise<void> {
-    if (this.#closed) return
+  closeAtEnd(): Promise<void> | undefined {
+    if (this.#closed) return undefined
     this.#closed = this.owner.fenced
       ? this.#contextEnded
       : () => {
@@ -447,8 +446,10 @@ export class Session<Connection>
     this.lane.close(this.#closed)
     this.#handle = undefined
     this.database.sessions.delete(this)
-    await this.holder.end()
+    const ending = this.holder.end()
+    if (ending) return ending.then(() => this.publish('closed'))
     this.publish('closed')
+    return undefined
   }
 
   publish(type: SessionEvent['type'], more: Partial<SessionEvent> = {}): void {

@@ -30,7 +30,7 @@ export interface Participant {
   commitAtEnd(): Promise<void>
   /** Resolves with whether the server said that it rolled back. */
   rollbackAtEnd(error: unknown): Promise<boolean>
-  closeAtEnd(): Promise<void>
+  closeAtEnd(): Promise<void> | undefined
   /** Where the caller is, while tracing. */
   place(): string | undefined
 }
@@ -58,33 +58,49 @@ export async function commitAll(unit: Unit): Promise<void> {
   try {
     await join(unit)
     unit.fence()
-    await prepareAll(unit)
+    const preparing = prepareAll(unit)
+    if (preparing) await preparing
     if (unit.abortion) throw unit.abortion
   } catch (error) {
     await rollbackAll(unit, error)
     throw error
   }
-  const sessions = unit.participants()
   const committed: string[] = []
-  for (const [index, session] of sessions.entries()) {
+  for (const session of unit.participants()) {
     const wrote = session.inTransaction
     try {
       await session.commitAtEnd()
-      if (wrote) committed.push(session.name)
     } catch (error) {
-      const rest = sessions.slice(index + 1).filter(({ inTransaction }) => inTransaction)
-      await rollbackEach(rest, error, false)
-      if (committed.length === 0) throw error
-      const unknown = isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') ? [session.name] : []
-      const rolledBack = [session, ...rest].map(({ name }) => name).filter((name) => !unknown.includes(name))
-      const list = (names: string[]) => names.map((name) => `'${name}'`).join(', ')
-      throw new AmbientError(
-        'AMBIENT_PARTIAL_COMMIT',
-        `Committed: ${list(committed)}. Not committed: ${list([...rolledBack, ...unknown])}.`,
-        { cause: error, outcome: 'partial', databases: { committed, rolledBack, unknown } },
-      )
+      throw await notAllCommitted(unit, committed, session, error)
     }
+    if (wrote) committed.push(session.name)
   }
+}
+
+/** Rolls back what comes after `failed`; resolves with the error that says what became of each. */
+async function notAllCommitted(unit: Unit, committed: string[], failed: Participant, error: unknown): Promise<unknown> {
+  const sessions = unit.participants()
+  const rest = sessions.slice(sessions.indexOf(failed) + 1).filter(({ inTransaction }) => inTransaction)
+  await rollbackEach(rest, error, false)
+  if (committed.length === 0) return error
+  const unknown = isAmbientError(error, 'AMBIENT_COMMIT_UNKNOWN') ? [failed.name] : []
+  const rolledBack = [failed, ...rest].map(({ name }) => name).filter((name) => !unknown.includes(name))
+  const list = (names: string[]) => names.map((name) => `'${name}'`).join(', ')
+  return new AmbientError(
+    'AMBIENT_PARTIAL_COMMIT',
+    `Committed: ${list(committed)}. Not committed: ${list([...rolledBack, ...unknown])}.`,
+    { cause: error, outcome: 'partial', databases: { committed, rolledBack, unknown } },
+  )
+}
+
+/** Closes every session; failures are attached to `error`. */
+export function closeAll(unit: Unit, error: unknown): Promise<unknown> | undefined {
+  const closing: Promise<void>[] = []
+  for (const session of unit.participants()) {
+    const ending = session.closeAtEnd()
+    if (ending) closing.push(ending.catch((second) => attachCleanupError(error, second)))
+  }
+  return closing.length > 0 ? Promise.all(closing) : undefined
 }
 
 /** Fences at once, awaits (or cancels) what is on the wire and rolls every session back; failures are attached to `error`. */
@@ -114,34 +130,48 @@ async function rollbackEach(sessions: Participant[], error: unknown, cancel: boo
 
 /** Waits until no session has anything under way, whatever its branches go on to issue. */
 async function join(unit: Unit): Promise<void> {
-  const unawaited = unit.unawaited === 'error' && unit.participants().some((session) => session.busy)
+  const unawaited = unit.unawaited === 'error' && isBusy(unit)
   do {
-    const sessions = unit.participants()
-    for (const session of sessions) session.endStream(unit.streams)
-    const timeout = unit.settleTimeout ?? Math.max(0, ...sessions.map((session) => session.settleTimeout))
-    const bound: Bound = (waiting) =>
-      bounded(Promise.race([waiting, unit.aborted]), timeout, () => {
-        const names = sessions.filter((session) => session.busy).map((session) => `'${session.name}'`)
-        return new AmbientError(
-          'AMBIENT_SETTLE_TIMEOUT',
-          `Work on ${names.join(', ')} was still under way ${timeout} ms after its context had ended.`,
-        )
-      })
-    await Promise.all(sessions.map((session) => session.quiet(bound)))
-  } while (unit.participants().some((session) => session.busy))
+    await quietAll(unit)
+  } while (isBusy(unit))
   if (unawaited) {
     throw new AmbientError('AMBIENT_UNAWAITED_WORK', 'Statements were still under way when the work returned.')
   }
 }
 
-/** Runs all hooks of all sessions; a hook may register more, and use databases that had no session yet. */
-async function prepareAll(unit: Unit): Promise<void> {
-  for (let again = true; again; ) {
-    again = false
-    for (const session of unit.participants()) {
-      const running = session.prepare()
-      if (running) again = await Promise.race([running, unit.aborted])
-    }
-    if (again) await join(unit)
+function isBusy(unit: Unit): boolean {
+  return unit.participants().some((session) => session.busy)
+}
+
+/** Resolves when nothing is under way in any session, though one may have issued more while another was waited for. */
+function quietAll(unit: Unit): Promise<unknown> {
+  const sessions = unit.participants()
+  for (const session of sessions) session.endStream(unit.streams)
+  const bound: Bound = (waiting) => {
+    const timeout = unit.settleTimeout ?? Math.max(...sessions.map((session) => session.settleTimeout))
+    return bounded(Promise.race([waiting, unit.aborted]), timeout, () => {
+      const names = sessions.filter((session) => session.busy).map((session) => `'${session.name}'`)
+      return new AmbientError(
+        'AMBIENT_SETTLE_TIMEOUT',
+        `Work on ${names.join(', ')} was still under way ${timeout} ms after its context had ended.`,
+      )
+    })
   }
+  const quiet = sessions.map((session) => session.quiet(bound))
+  return quiet.length === 1 ? (quiet[0] as Promise<void>) : Promise.all(quiet)
+}
+
+/** Runs all hooks of all sessions, if there are any; a hook may register more, and use databases that had no session yet. */
+function prepareAll(unit: Unit): Promise<void> | undefined {
+  for (const session of unit.participants()) {
+    const running = session.prepare()
+    if (running) return awaitHooks(unit, running)
+  }
+  return undefined
+}
+
+async function awaitHooks(unit: Unit, running: Promise<unknown>): Promise<void> {
+  await Promise.race([running, unit.aborted])
+  await join(unit)
+  await prepareAll(unit)
 }
