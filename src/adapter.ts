@@ -88,7 +88,7 @@ export interface Adapter<Handle, Engine, Connection> {
    * Sends BEGIN with all its settings, and resolves when the server answered it. An engine that would take its write lock late, when
    * waiting is no use any more (SQLite), takes it here, unless the transaction is read-only.
    */
-  begin(connection: Connection, settings: TransactionSettings): Promise<void>
+  begin(connection: Connection, settings: TransactionSettings): Promise<unknown>
 
   /**
    * Sends COMMIT. Resolves with `'committed'` only if the server said so, with `'rolled-back'` where it answered that the
@@ -97,16 +97,16 @@ export interface Adapter<Handle, Engine, Connection> {
   commit(connection: Connection): Promise<'committed' | 'rolled-back'>
 
   /** Sends ROLLBACK, and resolves when the server answered it. Without a transaction (its BEGIN failed, say) it does no harm. */
-  rollback(connection: Connection): Promise<void>
+  rollback(connection: Connection): Promise<unknown>
 
   /** Sends SAVEPOINT. `name` is a plain identifier, unique in the transaction. */
-  savepoint(connection: Connection, name: string): Promise<void>
+  savepoint(connection: Connection, name: string): Promise<unknown>
 
   /** Sends ROLLBACK TO SAVEPOINT. */
-  rollbackTo(connection: Connection, name: string): Promise<void>
+  rollbackTo(connection: Connection, name: string): Promise<unknown>
 
   /** Sends RELEASE SAVEPOINT. */
-  releaseSavepoint(connection: Connection, name: string): Promise<void>
+  releaseSavepoint(connection: Connection, name: string): Promise<unknown>
 
   /**
    * What the driver knows of the transaction after an answer: `'none'` means that the user's SQL or the engine ended it.

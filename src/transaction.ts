@@ -39,7 +39,7 @@ export class Transaction<Connection> {
   readonly #host: TransactionHost<Connection>
   readonly #wire: Wire
   #lease: Lease<Connection> | undefined
-  #begun: Promise<void> | undefined
+  #begun: Promise<unknown> | undefined
   /** The ROLLBACK that is under way or was; resolves with whether the server said so. */
   #cleaning: Promise<boolean> | undefined
   /** The connection that BEGIN was sent on. */
@@ -277,11 +277,11 @@ export class Transaction<Connection> {
   }
 
   /** Sends BEGIN; waiting for its answer counts as waiting for the connection. */
-  #beginOn({ adapter, connection }: Lease<Connection>): Promise<void> {
+  #beginOn({ adapter, connection }: Lease<Connection>): Promise<unknown> {
     return this.#boundedBegin(adapter.begin(connection, this.settings))
   }
 
-  #boundedBegin(begin: Promise<void>): Promise<void> {
+  #boundedBegin(begin: Promise<unknown>): Promise<unknown> {
     const { acquireTimeout, name } = this.#host
     return bounded(begin, acquireTimeout, () => {
       const what = `BEGIN got no answer within ${acquireTimeout} ms.`
@@ -453,7 +453,7 @@ export class Transaction<Connection> {
   /** Undoes the work of a savepoint. If the server does not say so, the whole transaction can only be rolled back. */
   async rollbackLevel(level: Level, keep = false): Promise<void> {
     await this.stop(false) // a block inside that was cut off may be at its end
-    const step = async (act: (lease: Lease<Connection>) => Promise<void>) => {
+    const step = async (act: (lease: Lease<Connection>) => Promise<unknown>) => {
       const lease = this.#lease
       if (level.opened && lease && !lease.lost && !this.root.failure && !hasEnded(level.parent)) {
         await this.#wire.answer(this.#wire.bounded(act(lease)))

@@ -31,20 +31,17 @@ export function pgAdapter<Engine extends Pool>(
 ): Adapter<Pool, Engine, PoolClient> {
   let latest: Engine | undefined
   let ambient: AmbientPool | undefined
-  const lossListeners = new WeakMap<PoolClient, (error: Error) => void>()
   const watches = new WeakMap<PoolClient, Watch>()
   const watchOf = (client: PoolClient) => watches.get(client) as Watch // acquire has set it
-  const control = async (client: PoolClient, text: string) => {
+  const control = (client: PoolClient, text: string) => {
     const watch = watchOf(client)
-    watch.own = true
-    try {
-      return await client.query(text)
-    } finally {
+    const over = () => {
       watch.own = false
     }
-  }
-  const send = async (client: PoolClient, text: string) => {
-    await control(client, text)
+    watch.own = true
+    const answer = client.query(text)
+    answer.then(over, over)
+    return answer
   }
   return {
     capabilities: (pool) => ({
@@ -68,9 +65,10 @@ export function pgAdapter<Engine extends Pool>(
       return new Promise((resolve, reject) => {
         pool.connect((error, client) => {
           if (!client) return reject(error)
-          client.on('error', onLost) // at once: its own bytes may hold a FATAL right behind the greeting
-          lossListeners.set(client, onLost)
-          if (!watches.has(client)) watches.set(client, watchTags(client))
+          const known = watches.get(client)
+          const watch = known ?? watchClient(client) // at once: its own bytes may hold a FATAL right behind the greeting
+          if (!known) watches.set(client, watch)
+          watch.onLost = onLost
           resolve(client)
         })
       })
@@ -78,13 +76,13 @@ export function pgAdapter<Engine extends Pool>(
     release(_pool, client, broken) {
       client.release(broken)
       if (broken && client.pipeline) socketOf(client).destroy() // pg itself waits for all answers of a pipeline, perhaps for ever
-      const onLost = lossListeners.get(client)
-      if (onLost) client.off('error', onLost)
-      lossListeners.delete(client) // an idle client pins no session
+      watchOf(client).onLost = undefined // an idle client pins no session
     },
-    async begin(client, settings) {
-      Object.assign(watchOf(client), { savepoint: false, ended: false })
-      await client.query(`BEGIN${transactionModes(settings)}`)
+    begin(client, settings) {
+      const watch = watchOf(client)
+      watch.savepoint = false
+      watch.ended = false
+      return client.query(`BEGIN${transactionModes(settings)}`)
     },
     async commit(client) {
       const { command } = await control(client, 'COMMIT')
@@ -92,10 +90,10 @@ export function pgAdapter<Engine extends Pool>(
       if (command === 'ROLLBACK') return 'rolled-back'
       throw new Error(`COMMIT was answered with ${command}: the connection is out of step.`) // so it is no answer
     },
-    rollback: (client) => send(client, 'ROLLBACK'),
-    savepoint: (client, name) => send(client, `SAVEPOINT ${name}`),
-    rollbackTo: (client, name) => send(client, `ROLLBACK TO SAVEPOINT ${name}`),
-    releaseSavepoint: (client, name) => send(client, `RELEASE SAVEPOINT ${name}`),
+    rollback: (client) => control(client, 'ROLLBACK'),
+    savepoint: (client, name) => control(client, `SAVEPOINT ${name}`),
+    rollbackTo: (client, name) => control(client, `ROLLBACK TO SAVEPOINT ${name}`),
+    releaseSavepoint: (client, name) => control(client, `RELEASE SAVEPOINT ${name}`),
     transactionStatus(client) {
       const status = client.getTransactionStatus()
       if (status === 'T' && watchOf(client).ended) return 'none' // another one has begun since
@@ -113,8 +111,10 @@ export function pgAdapter<Engine extends Pool>(
   }
 }
 
-/** What the answers on a connection say about its transaction beyond the status behind them. */
+/** What is known of a connection beyond what its client tells: of its loss, and of its transaction. */
 interface Watch {
+  /** Who holds it, and wants to hear that it is lost. */
+  onLost: ((error: Error) => void) | undefined
   /** What is under way is control of ours. */
   own: boolean
   /** SQL of the user's has made a savepoint, so a ROLLBACK of his may be one to it. */
@@ -123,9 +123,10 @@ interface Watch {
   ended: boolean
 }
 
-/** Reads the tags of the statements that complete on `client`. */
-function watchTags(client: PoolClient): Watch {
-  const watch: Watch = { own: false, savepoint: false, ended: false }
+/** Listens for the loss of `client`, and reads the tags of the statements that complete on it. */
+function watchClient(client: PoolClient): Watch {
+  const watch: Watch = { onLost: undefined, own: false, savepoint: false, ended: false }
+  client.on('error', (error) => watch.onLost?.(error))
   const { connection } = client as PoolClient & { connection: EventEmitter } // not in the types of pg
   connection.on('commandComplete', ({ text }: { text: string }) => {
     if (watch.own) return
