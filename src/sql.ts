@@ -39,7 +39,7 @@ export function parseTransactionControl(text: string): TransactionControl | unde
 }
 
 function beginning(text = ''): TransactionControl {
-  const words = text.split(/,? (?=isolation|read (?:only|write)|deferrable|not deferrable)|, /).filter(Boolean)
+  const words = text.split(/(?<!not),? (?=isolation|read (?:only|write)|(?:not )?deferrable)|, /).filter(Boolean)
   if (!words.every((word) => modes.test(word))) return { kind: 'other' }
   const level = words.find((word) => word.startsWith('isolation level '))?.slice('isolation level '.length)
   const settings = {
