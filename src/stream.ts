@@ -34,9 +34,15 @@ export class Streams<Connection> {
           end(failure)
         }
         const { connection, lost, settle } = await session.transaction.openStream(levelNow(), ended)
-        this.#destroy = destroy
+        this.#destroy = (error) => {
+          try {
+            destroy(error)
+          } catch (failure) {
+            close(failure) // nobody else would
+          }
+        }
         resolve({ connection, lost, closing, close })
-        if (this.#end) await drained().then(() => this.#end && destroy(this.#end)) // it is in its owner's hands now
+        if (this.#end) await drained().then(() => this.#end && this.#destroy?.(this.#end)) // it is in its owner's hands now
         const startedAt = performance.now()
         const failure = await ended
         session.publish('statement', { duration: performance.now() - startedAt, error: failure })
