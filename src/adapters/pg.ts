@@ -244,12 +244,13 @@ function submit(
   bindEmitter(subject)
   const callback = subject.callback ?? done
   if (callback) subject.callback = bindCallback(callback)
-  const running: Running = { failure: undefined, synced: false, onClosing: () => {} }
+  const running: Running = { failure: undefined, synced: false, onClosing: () => {}, onUnsent: () => {} }
   const { handleError } = subject
   subject.handleError = (error, connection) => {
     running.failure ??= error
     running.onClosing()
     if (!running.synced) handleError.call(subject, error, connection)
+    if (postgresErrorTraits(error).lost) running.onUnsent()
   }
   const turn = subject.read
     ? stream(statements, subject, running, block)
@@ -266,15 +267,18 @@ interface Running {
   /** It was closed with a Sync: another one would put the connection out of step with its answers. */
   synced: boolean
   onClosing: () => void
+  /** The client was gone already, and says no more. */
+  onUnsent: () => void
 }
 
 /** Submits `subject`; resolves when the client is ready for more, or gone. */
-function over(connection: PoolClient, subject: Submittable): Promise<void> {
+function over(connection: PoolClient, subject: Submittable, running: Running): Promise<void> {
   return new Promise<void>((resolve) => {
     const free = () => {
       connection.off('drain', free).off('end', free)
       resolve()
     }
+    running.onUnsent = free
     connection.query(subject as never) // it has all that pg looks for
     connection.once('drain', free).once('end', free)
   })
@@ -289,7 +293,7 @@ function statement(
 ): Promise<void> {
   if (controlIn(subject.text)) return Promise.reject(controlRefused(statements.name))
   return statements.run(async (connection) => {
-    await over(connection, subject)
+    await over(connection, subject, running)
     if (running.failure) throw running.failure
   }, block)
 }
@@ -329,7 +333,7 @@ function stream(
         throw new AmbientError('AMBIENT_UNSUPPORTED', what)
       }
       running.onClosing = open.closing
-      const ended = over(open.connection, subject)
+      const ended = over(open.connection, subject, running)
       reads?.start()
       await ended
     } finally {

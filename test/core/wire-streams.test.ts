@@ -9,6 +9,8 @@ import { describe, expect, it } from 'vitest'
 import { until } from '../support/gate.ts'
 import { failure, useWire } from './wire.ts'
 
+type Main = ReturnType<typeof wire.define>
+
 const wire = useWire()
 const numbers = 'select n from generate_series(1, 1000) n'
 
@@ -268,6 +270,50 @@ describe('S9', () => {
     expect(wire.proxy.traffic.labels).not.toContain('> Q BEGIN')
     expect(isFree(await main.connect())).toBe(true)
     expect(await wire.ids()).toEqual([1])
+  })
+
+  it('S9 keeps the connection of a stream without a transaction when the server refused it, and none that was cut', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const destroyed: unknown[] = []
+    await newContext(
+      async () => {
+        expect(await failure(main.db.query(stream('select * from missing')).toArray())).toMatchObject({ code: '42P01' })
+        expect(wire.proxy.traffic.connections).toBe(1)
+        await main.db.query('insert into t values (1)')
+        expect(wire.proxy.traffic.connections).toBe(1)
+        const pool = await main.connect()
+        pool.on('remove', (client) => destroyed.push(client))
+        wire.proxy.at('< s', 'reset')
+        expect(await failure(main.db.query(stream()).toArray())).toBeInstanceOf(Error)
+        await until(() => destroyed.length === 1, 'the connection to be destroyed')
+        await main.db.query('insert into t values (2)')
+      },
+      { transaction: 'autocommit' },
+    )
+    expect(wire.proxy.traffic.connections).toBe(2)
+    expect(await wire.ids()).toEqual([1, 2])
+  })
+
+  it.each([
+    ['stream', (main: Main) => main.db.query(stream()).toArray()],
+    ['cursor', (main: Main) => main.db.query(new Cursor(numbers)).read(1)],
+    ['query object', (main: Main) => once(main.db.query(new Query(numbers)), 'end')],
+  ])('S9 ends a %s on a connection that was lost as it came', async (_, read) => {
+    const main = wire.define({ pool: { max: 1 } })
+    const goodbye = Buffer.from('SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0')
+    const header = Buffer.alloc(5)
+    header.write('E')
+    header.writeInt32BE(goodbye.length + 4, 1)
+    wire.proxy.at('< Z I', ({ bytes }) => Buffer.concat([bytes, header, goodbye]))
+    await newContext(
+      async () => {
+        expect(await failure(read(main))).toMatchObject({ message: expect.stringContaining('not queryable') })
+        await main.db.query('insert into t values (1)')
+      },
+      { transaction: 'autocommit' },
+    )
+    expect(await wire.ids()).toEqual([1])
+    expect(wire.proxy.traffic.connections).toBe(2)
   })
 
   it('S9 refuses a cursor on a pipelined pool at once, and the session goes on', async () => {
