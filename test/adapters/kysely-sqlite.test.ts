@@ -3,12 +3,13 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { DatabaseSync } from 'node:sqlite'
 import { setImmediate as nextTurn } from 'node:timers/promises'
-import { defineDatabase, newContext } from 'ambient-db'
+import { defineDatabase, detach, newContext } from 'ambient-db'
 import type { AdapterHarness, EngineProbe } from 'ambient-db/conformance'
 import { kyselyAdapter } from 'ambient-db/kysely'
 import BetterSqlite3 from 'better-sqlite3'
 import { CompiledQuery, type Kysely, type SqliteDatabase, SqliteDialect, sql } from 'kysely'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
+import { gate } from '../support/gate.ts'
 import { forKysely } from '../support/sqlite.ts'
 import { kyselyOperations, type Tables } from './kysely-subject.ts'
 import { itHoldsTheSuite } from './support.ts'
@@ -216,6 +217,31 @@ for (const [library, open] of Object.entries(libraries)) {
         expect(harness.engines()).toHaveLength(1)
         await main.shutdown()
         harness.other.exec('pragma journal_mode = wal')
+      })
+
+      it('S11 refuses who waits for the connection inside a unit that comes to hold it', async () => {
+        const main = harness.define({ acquireTimeout: 10_000 })
+        const [holding, release] = [gate(), gate()]
+        const holder = newContext(async () => {
+          await harness.insert(main.db, 1)
+          holding.open()
+          await release.passed
+        })
+        await holding.passed
+        const order: string[] = []
+        await newContext(async () => {
+          const outer = harness.insert(main.db, 2).then(() => order.push('outer'))
+          const inner = newContext(() => harness.insert(main.db, 3))
+          const stranger = detach(() => newContext(() => harness.insert(main.db, 4))).then(() => order.push('stranger'))
+          release.open()
+          await expect(inner).rejects.toMatchObject({ code: 'AMBIENT_SELF_DEADLOCK', database: 'main' })
+          await outer
+          return { stranger }
+        }).then(({ stranger }) => stranger)
+        await holder
+        expect(order).toEqual(['outer', 'stranger'])
+        expect(await harness.witness()).toEqual([1, 2, 4])
+        await main.shutdown()
       })
 
       it('A5 runs a block again that met a lock', async () => {

@@ -481,9 +481,10 @@ describe('dialects per host', () => {
     await hosts.changeHost('b')
     hosts.db.selectFrom('notes').selectAll().compile()
     await newContext(() => note('b', hosts.db))
+    await newContext(() => note('c', hosts.session().db))
     expect(made).toEqual(['a', 'b'])
     await hosts.shutdown()
-    expect(await texts()).toEqual(['a', 'b'])
+    expect(await texts()).toEqual(['a', 'b', 'c'])
   })
 
   it('says so where a dialect asks for a host and none is configured', async () => {

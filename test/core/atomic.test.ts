@@ -353,7 +353,13 @@ describe('options', () => {
         await main.atomic(() => note(current), { current, isolationLevel: 'repeatable read', readOnly: false })
         if (current === 'append') await main.begin({ isolationLevel: 'repeatable read' })
       }
-      await expect(main.begin({ readOnly: true })).rejects.toMatchObject({ code: 'AMBIENT_TRANSACTION_OPTIONS' })
+      for (const differing of [{ readOnly: true }, { deferrable: true }]) {
+        await expect(main.begin(differing)).rejects.toMatchObject({
+          code: 'AMBIENT_TRANSACTION_OPTIONS',
+          database: 'main',
+        })
+      }
+      await main.begin({ readOnly: false, deferrable: false })
       await main.begin({ isolationLevel: 'repeatable read' })
     })
     expect(await notes()).toEqual(['append', 'join', 'savepoint'])

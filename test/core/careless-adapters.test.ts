@@ -103,6 +103,36 @@ describe('a handle', () => {
     await expectFree(main)
   })
 
+  it('A4 cannot make, undo or release savepoints of a block that has not begun, nor those that it does not know', async () => {
+    const main = define()
+    await newContext(async () => {
+      await insert(main, 1)
+      const block = main.db.createBlock()
+      for (const [act, label] of [
+        [block.savepoint, 'SAVEPOINT'],
+        [block.rollbackTo, 'ROLLBACK TO SAVEPOINT'],
+        [block.releaseSavepoint, 'RELEASE SAVEPOINT'],
+      ] as const) {
+        expect(await failure(act.call(block, 'a'))).toMatchObject({
+          code: 'AMBIENT_TRANSACTION_CONTROL',
+          database: 'main',
+          message: expect.stringContaining(`: ${label} was sent without a transaction on its client.`),
+        })
+      }
+      await block.begin()
+      for (const act of [block.rollbackTo, block.releaseSavepoint]) {
+        expect(await failure(act.call(block, 'a'))).toMatchObject({
+          code: 'AMBIENT_INVALID_ARGUMENT',
+          database: 'main',
+          message: expect.stringContaining("There is no savepoint 'a'."),
+        })
+      }
+      await block.commit()
+    })
+    expect(await wire.ids()).toEqual([1])
+    expect(wire.proxy.traffic.labels.filter((label) => label.startsWith('> Q SAVEPOINT'))).toEqual([])
+  })
+
   it.each(['returns', 'throws'])(
     'S9 gives the connection back when the stream that it opened cannot be destroyed, and the work %s',
     async (how) => {

@@ -275,6 +275,27 @@ describe('changeHost', () => {
     expect((main.db as Pool).totalCount).toBe(1)
   })
 
+  it('D3 warns when the old engine cannot be closed, without what could hold a password', async () => {
+    class Stubborn extends Pool {
+      override async end(): Promise<void> {
+        await super.end()
+        throw new Error(`not closed: ${east.url}`)
+      }
+    }
+    const adapter = pgAdapter(() => new Stubborn({ connectionString: east.url }))
+    const main = defineDatabase({ name: 'main', host: 'east', adapter })
+    const warnings: string[] = []
+    const listen = ({ message }: Error) => warnings.push(message)
+    process.on('warning', listen)
+    await newContext(() => insert(main, 1))
+    await main.changeHost('west')
+    await until(() => warnings.length > 0, 'the warning')
+    process.off('warning', listen)
+    expect(warnings).toEqual(['ambient-db: closing an old engine failed: Error'])
+    expect(main.host).toBe('west')
+    await expect(main.shutdown()).rejects.toThrow('not closed')
+  })
+
   it('D3 ends with the host that was asked for last', async () => {
     const main = define()
     await newContext(() => insert(main, 1))

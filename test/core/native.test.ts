@@ -550,3 +550,35 @@ describe('a native transaction with a callback', () => {
     expect(await notes()).toEqual(['a'])
   })
 })
+
+describe('a leased client without a transaction', () => {
+  it.each(['SAVEPOINT a', 'ROLLBACK TO SAVEPOINT a', 'RELEASE SAVEPOINT a'])('A4 refuses %s unsent', async (text) => {
+    await newContext(async () => {
+      await note('a')
+      await withClient(async (client) => {
+        await expect(client.query(text)).rejects.toMatchObject({
+          code: 'AMBIENT_TRANSACTION_CONTROL',
+          database: 'main',
+        })
+      })
+    })
+    expect(await notes()).toEqual(['a'])
+    expect(subject.sent).not.toContain(text)
+  })
+
+  it('A4 refuses BEGIN when its session or context has ended', async () => {
+    const ended = await newContext(async () => main.db.connect())
+    await expect(ended.query('BEGIN')).rejects.toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
+    ended.release()
+    await newContext(async () => {
+      const session = main.session()
+      const closed = await main.db.connect()
+      await session.close()
+      await expect(closed.query('BEGIN')).rejects.toMatchObject({ code: 'AMBIENT_SESSION_CLOSED' })
+      closed.release()
+      await note('a')
+    })
+    expect(await notes()).toEqual(['a'])
+    expect(subject.sent.map((text) => text.split(' ')[0])).toEqual(['BEGIN', 'insert', 'COMMIT'])
+  })
+})

@@ -1,3 +1,4 @@
+import { getEventListeners } from 'node:events'
 import { newContext, openContext } from 'ambient-db'
 import Cursor from 'pg-cursor'
 import QueryStream from 'pg-query-stream'
@@ -354,6 +355,79 @@ describe('C8 blocks', () => {
     hold.open()
     await work
     expect(await wire.ids()).toEqual([1])
+  })
+
+  it('C8 ends a block that waits for its turn: it never runs, and the one before it goes on', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const [begun, hold] = [gate(), gate()]
+    let ran = false
+    await newContext(async () => {
+      const first = main.atomic(async () => {
+        await main.db.query('insert into t values (1)')
+        begun.open()
+        await hold.passed
+      })
+      await begun.passed
+      const second = main.atomic(
+        () => {
+          ran = true
+        },
+        { signal: abort.signal },
+      )
+      abort.abort()
+      expect(await failure(second)).toMatchObject({ code: 'AMBIENT_ABORTED' })
+      hold.open()
+      await first
+      await main.db.query('insert into t values (2)')
+    })
+    expect(ran).toBe(false)
+    expect(await wire.ids()).toEqual([1, 2])
+  })
+
+  it('A6 bounds the join of a block by `settleTimeout`: what is under way is cancelled, and the session goes on', async () => {
+    const main = wire.define({ pool: { max: 1 }, settleTimeout: 300 })
+    await newContext(async () => {
+      const block = main.atomic(async function careless() {
+        await main.db.query('insert into t values (1)')
+        void main.db.query(forever)
+      })
+      expect(await failure(block)).toMatchObject({
+        code: 'AMBIENT_SETTLE_TIMEOUT',
+        outcome: 'rolled-back',
+        database: 'main',
+        message: expect.stringContaining("still under way 300 ms after atomic block 'careless' had ended"),
+      })
+      expect(count('> cancel')).toBe(1)
+      await main.db.query('insert into t values (2)')
+    })
+    expect(await wire.ids()).toEqual([2])
+  })
+
+  it('C8 listens to a signal no longer than what it is for', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const { signal } = new AbortController()
+    const listeners = () => getEventListeners(signal, 'abort').length
+    await newContext(
+      async () => {
+        expect(listeners()).toBe(1)
+        await main.atomic(
+          async () => {
+            expect(listeners()).toBe(2)
+            await main.db.query('insert into t values (1)')
+          },
+          { signal },
+        )
+        expect(listeners()).toBe(1)
+        await failure(main.atomic(() => main.db.query('select * from missing'), { signal }))
+        expect(listeners()).toBe(1)
+      },
+      { signal },
+    )
+    expect(listeners()).toBe(0)
+    await failure(newContext(() => main.db.query('select * from missing'), { signal }))
+    await main.newSession((session) => session.db.query('select 1'), { signal })
+    expect(listeners()).toBe(0)
   })
 
   it('C8 never retries a block that was aborted', async () => {

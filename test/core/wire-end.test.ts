@@ -5,6 +5,8 @@ import { describe, expect, it } from 'vitest'
 import { gate, until } from '../support/gate.ts'
 import { failure, useWire } from './wire.ts'
 
+type Main = ReturnType<typeof wire.define>
+
 const wire = useWire()
 
 /** Commits sent so far. */
@@ -114,6 +116,29 @@ describe('S4', () => {
     expect(hooks).toEqual(['rollback'])
     expect(await wire.ids()).toEqual([])
     await expectFullPool(await main.connect(), 1)
+  })
+
+  it('C6 says which outcome is unknown when the answer to a later COMMIT is lost', async () => {
+    const [one, two, three] = ['one', 'two', 'three'].map((name) => wire.define({ name })) as [Main, Main, Main]
+    const hooks: string[] = []
+    wire.proxy.at('< C COMMIT', ({ bytes }) => bytes)
+    wire.proxy.at('< C COMMIT', 'reset')
+    const work = newContext(async () => {
+      for (const [id, main] of [one, two, three].entries()) {
+        main.afterCommit(() => hooks.push(`${main.name} committed`))
+        main.afterRollback(() => hooks.push(`${main.name} rolled back`))
+        await main.db.query('insert into t values ($1)', [id])
+      }
+    })
+    expect(await failure(work)).toMatchObject({
+      code: 'AMBIENT_PARTIAL_COMMIT',
+      outcome: 'partial',
+      message: expect.stringMatching(/Committed: 'one'\. Not committed: 'three', 'two'\./),
+      databases: { committed: ['one'], rolledBack: ['three'], unknown: ['two'] },
+      cause: { code: 'AMBIENT_COMMIT_UNKNOWN', database: 'two' },
+    })
+    expect(hooks).toEqual(['one committed', 'three rolled back'])
+    expect(await wire.ids()).toEqual([0, 1])
   })
 
   it('S4 loses no pool slot when the connection is lost between two COMMITs', async () => {
@@ -250,6 +275,25 @@ describe('S7', () => {
     await expectFullPool(await main.connect(), 1)
     expect(wire.proxy.traffic.connections).toBe(2)
     expect(wire.warnings).toEqual([])
+  })
+
+  it('S7 keeps a connection whose BEGIN the server refused, once it is shown clean', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    wire.proxy.at('> Q BEGIN', ({ bytes }) => Buffer.from(bytes.toString().replace('BEGIN', 'BEGUN')))
+    await newContext(async () => {
+      expect(await failure(main.db.query('insert into t values (1)'))).toMatchObject({ code: '42601' })
+      expect(main.session().inTransaction).toBe(false)
+      await main.db.query('insert into t values (2)')
+    })
+    expect(await wire.ids()).toEqual([2])
+    expect(wire.proxy.traffic.connections).toBe(1)
+    expect(wire.proxy.traffic.labels.filter((label) => label.startsWith('> Q'))).toEqual([
+      '> Q BEGIN',
+      '> Q ROLLBACK',
+      '> Q BEGIN',
+      '> Q insert into t values (2)',
+      '> Q COMMIT',
+    ])
   })
 
   it.each(ways)('S7 destroys a connection whose ROLLBACK got no answer (%s), and keeps the error', async (how) => {
