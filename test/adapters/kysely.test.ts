@@ -494,7 +494,8 @@ describe('dialects per host', () => {
         throw new Error(host)
       }),
     })
-    const query = newContext(() => note('never', hosts.db))
-    await expect(query).rejects.toMatchObject({ code: 'AMBIENT_HOST_MISSING' })
+    const missing = { code: 'AMBIENT_HOST_MISSING', message: expect.stringContaining('No host is configured.') }
+    await expect(newContext(() => note('never', hosts.db))).rejects.toMatchObject(missing)
+    expect(() => hosts.db.selectFrom('notes').compile()).toThrow(expect.objectContaining(missing))
   })
 })

@@ -1,4 +1,4 @@
-import { type AmbientDatabase, type DatabaseOptions, defineDatabase } from 'ambient-db'
+import { type AmbientDatabase, type DatabaseOptions, defineDatabase, isAmbientError } from 'ambient-db'
 import { pgAdapter } from 'ambient-db/pg'
 import { Pool, type PoolClient, type PoolConfig } from 'pg'
 import { afterAll, afterEach, beforeAll, beforeEach, expect } from 'vitest'
@@ -87,12 +87,16 @@ export function useWire(): Wire {
   }
 }
 
-/** What `promise` rejects with; an error if it does not. */
+/** What `promise` rejects with; an error if it does not. One of ours says what happened before it says what to do. */
 export async function failure(promise: Promise<unknown>): Promise<Error & Record<string, unknown>> {
   const result = await promise.then(
     (value) => ({ value }),
     (error) => ({ error }),
   )
-  if ('error' in result) return result.error
+  if ('error' in result) {
+    const { error } = result
+    if (isAmbientError(error)) expect(error.message).toMatch(/^(?:Database '[^']+': )?\S[^]*\. \S/)
+    return error
+  }
   throw new Error(`It was to reject, but resolved with ${JSON.stringify(result.value)}.`)
 }

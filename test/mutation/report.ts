@@ -135,7 +135,7 @@ function scoreOf({ counts }: Row, sampled: boolean): string {
   const all = killed + counts.survived + counts['no coverage']
   if (all === 0) return '–'
   const share = killed / all
-  const percent = (value: number) => (value * 100).toFixed(1)
+  const percent = (value: number) => Math.abs(value * 100).toFixed(1)
   if (!sampled) return `${percent(share)} %`
   const z = 1.96
   const middle = (share + z ** 2 / (2 * all)) / (1 + z ** 2 / all)

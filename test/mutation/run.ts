@@ -67,6 +67,9 @@ async function mutate(results: string): Promise<void> {
     disableTypeChecks: false,
     tsconfigFile: 'none', // TypeScript 7 has no API for Stryker to read it with
     dryRunTimeoutMinutes: 20,
+    // Of a whole run, which ends far sooner. A busy machine must not make a timeout of a mutant that survives.
+    timeoutFactor: 5,
+    timeoutMS: 120_000,
     cleanTempDir: 'always',
     logLevel: 'warn',
   }
@@ -99,8 +102,8 @@ function print(report: Report): void {
   }
   for (const failure of controls.failed) console.log(`\nfailed without a mutant: ${failure}`)
   console.log(`\n${tableOf(report)}`)
-  const part = tested === population ? 'all' : `a random sample, seed ${options.seed},`
-  const left = tested < planned ? `; ${planned - tested} were left when the time was up` : ''
+  const part = tested === population ? 'all' : `a random sample, seed ${options.seed}`
+  const left = tested < planned ? `, ${planned - tested} of it left when the time was up` : ''
   console.log(
     `\n${tested} of ${population} mutants (${part}${left}); of ${controls.run} runs without a mutant ${controls.failed.length} failed`,
   )

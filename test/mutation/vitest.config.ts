@@ -1,7 +1,10 @@
 import { defineConfig } from 'vitest/config'
 import { publicEntries } from '../../scripts/entries.ts'
 
-/** The tests of the core: those that know nothing of web frameworks, and run in the process that holds the mutant. */
+/**
+ * The tests of the core: of adapters, and of one middleware for what only middlewares reach. They run in the process that holds
+ * the mutant, so those that start a Node of their own see none.
+ */
 export default defineConfig({
   resolve: {
     alias: publicEntries().map(({ specifier, source }) => ({
@@ -11,10 +14,9 @@ export default defineConfig({
   },
   test: {
     pool: 'forks',
-    // Many mutants hang. Shorter than elsewhere, and the controls of a run tell whether it is too short.
-    testTimeout: 10_000,
-    hookTimeout: 20_000,
-    include: ['test/core/**/*.test.ts', 'test/adapters/**/*.test.ts'],
+    testTimeout: 20_000, // a busy machine must not kill
+    hookTimeout: 40_000,
+    include: ['test/core/**/*.test.ts', 'test/adapters/**/*.test.ts', 'test/frameworks/node-http.test.ts'],
     exclude: ['test/core/memory.test.ts'],
     globalSetup: ['test/support/global-setup.ts'],
   },
