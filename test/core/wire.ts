@@ -95,7 +95,7 @@ export async function failure(promise: Promise<unknown>): Promise<Error & Record
   )
   if ('error' in result) {
     const { error } = result
-    if (isAmbientError(error)) expect(error.message).toMatch(/^(?:Database '[^']+': )?\S[^]*\. \S/)
+    if (isAmbientError(error)) expect(error.message).toMatch(/^(?:Database '[^']+': )?\S.*\. \S/s)
     return error
   }
   throw new Error(`It was to reject, but resolved with ${JSON.stringify(result.value)}.`)
