@@ -176,7 +176,7 @@ function requestCancel(client: PoolClient): Promise<void> {
 interface Submittable extends EventEmitter {
   submit(connection: unknown): void
   handleError(error: Error, connection?: unknown): void
-  handleRowDescription?(message: unknown): void
+  handleRowDescription?(message: { readonly fields: unknown }): void
   callback?: QueryCallback | undefined
   text?: unknown
   /** The cursor behind a `pg-query-stream`. */
@@ -193,6 +193,8 @@ type CursorCallback = (error?: Error, rows?: unknown[]) => void
 interface Cursor {
   text?: unknown
   readonly state: string
+  /** What rows are read with: not in the types of pg. */
+  readonly _result?: { addFields(fields: unknown): void }
   read(rows: number, callback?: CursorCallback): unknown
   close(callback?: CursorCallback): unknown
 }
@@ -344,8 +346,10 @@ function stream(
   const reads = cursor && holdReads(cursor, running, ended)
   const { handleRowDescription } = subject
   subject.handleRowDescription = (message) => {
-    // A cursor that was closed before its description came takes it for a beginning, and syncs again at its end.
-    if (!running.synced) handleRowDescription?.call(subject, message)
+    // A cursor that was closed before its description came takes it for a beginning, and syncs again at its end; rows that
+    // were asked for before may still come.
+    if (running.synced) cursor?._result?.addFields(message.fields)
+    else handleRowDescription?.call(subject, message)
   }
   ended.then(
     () => reads?.start(),

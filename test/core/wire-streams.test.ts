@@ -6,7 +6,7 @@ import { type Pool, Query } from 'pg'
 import Cursor from 'pg-cursor'
 import QueryStream from 'pg-query-stream'
 import { describe, expect, it } from 'vitest'
-import { until } from '../support/gate.ts'
+import { gate, until } from '../support/gate.ts'
 import { failure, useWire } from './wire.ts'
 
 type Main = ReturnType<typeof wire.define>
@@ -55,6 +55,37 @@ describe('S9', () => {
     expect(await wire.ids()).toEqual([1])
     expect(isFree(await main.connect())).toBe(true)
   })
+
+  it.each(['stream', 'cursor'] as const)(
+    'S9 closes a %s whose rows were asked for and not described yet',
+    async (kind) => {
+      const main = wire.define({ pool: { max: 1 } })
+      const description = gate()
+      wire.proxy.at('< T', description)
+      const asked = () => until(() => wire.proxy.traffic.labels.some((label) => label.startsWith('> E')), 'the request')
+      await newContext(async () => {
+        if (kind === 'stream') {
+          const rows = main.db.query(stream())
+          rows.read()
+          await asked()
+          const closed = once(rows.destroy(), 'close')
+          description.open()
+          await closed
+        } else {
+          const cursor = main.db.query(new Cursor<{ n: number }>(numbers))
+          const read = cursor.read(2)
+          await asked()
+          const closed = cursor.close()
+          description.open()
+          expect(await read).toEqual([{ n: 1 }, { n: 2 }])
+          await closed
+        }
+        await main.db.query('insert into t values (1)')
+      })
+      expect(await wire.ids()).toEqual([1])
+      expect(isFree(await main.connect())).toBe(true)
+    },
+  )
 
   it('S9 closes a cursor that was never read, and one that was closed at once', async () => {
     const main = wire.define({ pool: { max: 1 } })
