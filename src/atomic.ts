@@ -142,7 +142,7 @@ async function runAtomic<Connection, Result>(
     const outer = enclosing?.level ?? transaction.root
     const open = enclosing !== undefined || transaction.opened
     if (open && mode === 'raise') throw transactionOpen(session, label)
-    if (open && mode === 'commit') await session.ending.commit()
+    if (open && mode === 'commit') await session.ending.commit(transaction)
     if (open && mode === 'rollback') await session.ending.rollback()
     if (mode === 'join' || (open && mode === 'savepoint')) return nested(session, mode, outer, settings, attempt)
     if (open && mode === 'append') {
@@ -225,7 +225,7 @@ async function owning<Connection, Result>(
     try {
       const result = await attempt(transaction.root)
       unsettled = false
-      await session.ending.commit(abortion)
+      await session.ending.commit(transaction, abortion)
       return result
     } catch (error) {
       const again = count < attempts && isRetryable(session, error)

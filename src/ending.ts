@@ -3,6 +3,7 @@ import { Block } from './atomic.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
 import { type AfterHook, byRegistration, copyHooks, dropHooks, type Hook, moveHooks } from './hooks.ts'
 import type { Session } from './session.ts'
+import type { Transaction } from './transaction.ts'
 
 /** How the transactions of a session end, one after the other: hooks, COMMIT or ROLLBACK, and the hooks that run after (K1, K2). */
 export class Ending<Connection> {
@@ -16,9 +17,12 @@ export class Ending<Connection> {
     this.#session = session
   }
 
-  /** Hooks, then COMMIT, unless `abortion` fires before it. A transaction that cannot commit stays for a rollback; a veto rolls back. */
-  async commit(abortion?: Abortion): Promise<void> {
-    const { transaction } = this.#session
+  /**
+   * Hooks, then COMMIT, unless `abortion` fires before it. A transaction that cannot commit stays for a rollback; a veto rolls back.
+   *
+   * @param transaction the one that is meant: its session may have ended it, and have another one, by now.
+   */
+  async commit(transaction: Transaction<Connection>, abortion?: Abortion): Promise<void> {
     transaction.assertUsable(transaction.root)
     try {
       while (await (abortion ? Promise.race([this.prepare(), abortion.promise]) : this.prepare()));
@@ -28,7 +32,7 @@ export class Ending<Connection> {
       await this.rollback(error)
       throw error
     }
-    await this.sendCommit()
+    await this.sendCommit(transaction)
   }
 
   /** Resolves with whether the server said that it rolled back. */
@@ -39,7 +43,7 @@ export class Ending<Connection> {
     const said = await transaction.rollback(error)
     if (!said) this.#session.mayHaveCommitted()
     const unknown = root.failure?.outcome === 'unknown'
-    if (transaction === this.#session.transaction) this.#renew(unknown ? undefined : 'afterRollback', opened)
+    this.#renew(transaction, unknown ? undefined : 'afterRollback', opened)
     return said
   }
 
@@ -77,8 +81,8 @@ export class Ending<Connection> {
   }
 
   /** COMMIT without the hooks before it. */
-  sendCommit(): Promise<void> {
-    const committing = this.#commitTransaction()
+  sendCommit(transaction: Transaction<Connection>): Promise<void> {
+    const committing = this.#commitTransaction(transaction)
     const over = () => {
       this.underWay = undefined
     }
@@ -87,25 +91,29 @@ export class Ending<Connection> {
     return committing
   }
 
-  async #commitTransaction(): Promise<void> {
-    const { transaction } = this.#session
+  async #commitTransaction(transaction: Transaction<Connection>): Promise<void> {
     const opened = transaction.opened
     try {
       await transaction.commit()
       if (opened) this.#session.mayHaveCommitted()
-      this.#renew('afterCommit', opened)
+      this.#renew(transaction, 'afterCommit', opened)
     } catch (error) {
       if (transaction.holdsConnection) await transaction.rollback(error) // COMMIT was never sent
       const unknown = isAmbientError(error) && error.outcome === 'unknown'
       if (unknown) this.#session.mayHaveCommitted()
-      this.#renew(unknown ? undefined : 'afterRollback', opened)
+      this.#renew(transaction, unknown ? undefined : 'afterRollback', opened)
       throw error
     }
   }
 
-  /** A transaction has ended: the next statement opens a new one. */
-  #renew(when: 'afterCommit' | 'afterRollback' | undefined, opened: boolean): void {
-    const { root } = this.#session.transaction
+  /** `transaction` has ended: the next statement opens a new one. */
+  #renew(
+    transaction: Transaction<Connection>,
+    when: 'afterCommit' | 'afterRollback' | undefined,
+    opened: boolean,
+  ): void {
+    if (transaction !== this.#session.transaction) return // somebody else has ended it meanwhile
+    const { root } = transaction
     root.refusal ??= this.#transactionEnded
     this.#session.renew()
     const hooks = copyHooks(root.hooks)

@@ -95,7 +95,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
       await block.end()
       mergeLevels(block.level, base)
       if (outcome === 'rollback') await undo()
-      else if (owns) await session.ending.commit()
+      else if (owns) await session.ending.commit(transaction)
       else await transaction.releaseLevel(base)
     } catch (error) {
       await block.end()

@@ -205,7 +205,7 @@ export class Session<Connection>
 
   commit = (): Promise<void> => {
     return this.#actOutside('commit()', async () => {
-      if (this.inTransaction) await this.ending.commit()
+      if (this.inTransaction) await this.ending.commit(this.transaction)
     })
   }
 
@@ -226,7 +226,7 @@ export class Session<Connection>
       }
       this.#closedAt = closedAt
       if (outcome !== 'rollback') {
-        await this.ending.commit()
+        await this.ending.commit(this.transaction)
         return this.closeAtEnd()
       }
       try {
@@ -422,7 +422,7 @@ export class Session<Connection>
   }
 
   commitAtEnd(): Promise<void> {
-    const committing = this.ending.sendCommit()
+    const committing = this.ending.sendCommit(this.transaction)
     const over = () => this.owner.defer(this.ending.takeDue())
     committing.then(over, over)
     return committing

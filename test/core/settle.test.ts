@@ -308,6 +308,33 @@ describe('the end of work that throws', () => {
     expect(await checkedOut(main)).toBe(0)
   })
 
+  it.each([
+    ['a block', 'commit'],
+    ['a block that goes on in an open transaction', 'append'],
+    ['a savepoint', 'savepoint'],
+  ] as const)('C4 A1 %s that was rolled back with its context does not resolve', async (_, current) => {
+    const main = define()
+    const inside = gate()
+    const failed = gate()
+    let block: Promise<unknown> = Promise.resolve()
+    const ending = newContext(async () => {
+      if (current !== 'commit') await insert(main, 1)
+      const work = async () => {
+        await insert(main, 2)
+        inside.open()
+        await failed.passed
+      }
+      block = main.atomic(work, { current })
+      block.catch(() => {})
+      await inside.passed
+      throw failure
+    })
+    await expect(ending).rejects.toBe(failure)
+    failed.open()
+    await expect(block).rejects.toMatchObject({ code: expect.stringMatching(/^AMBIENT_(CONTEXT|BLOCK)_ENDED$/) })
+    expect(await ids()).toEqual([])
+  })
+
   it('C4 sends nothing on a connection that comes when its context has ended', async () => {
     const main = define({}, { max: 1 })
     const holding = gate()
