@@ -1,11 +1,10 @@
-import { spawn, spawnSync } from 'node:child_process'
+import { spawnSync } from 'node:child_process'
 import { existsSync } from 'node:fs'
-import { chmod, chown, cp, mkdtemp, open, readFile, rm, symlink } from 'node:fs/promises'
+import { chmod, chown, cp, mkdtemp, readFile, rm, symlink } from 'node:fs/promises'
 import { createRequire } from 'node:module'
-import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
-import { setTimeout as sleep } from 'node:timers/promises'
+import { freePort, launch, onFreePort, type User } from './server-process.ts'
 
 /** A PostgreSQL server of our own, or the one that `DATABASE_URL` names. */
 export interface PostgresServer {
@@ -43,22 +42,6 @@ const defaults: Record<string, string> = {
   timezone: 'UTC',
 }
 
-/**
- * Runs PostgreSQL until its standard input ends, then shuts it down and removes its files. The pipe ends with the
- * process that holds it, however that process ends: a crash leaves neither a server nor a directory behind.
- */
-const supervisor = `
-directory=$1; shift
-command -v setpriv >/dev/null && set -- setpriv --pdeathsig INT "$@"
-exec 3<&0
-"$@" </dev/null 3<&- & server=$!
-{ cat; kill -INT $server; } <&3 >/dev/null 2>&1 &
-exec 3<&-
-wait $server; status=$?
-rm -rf "$directory"
-exit $status
-`
-
 /** The server that `DATABASE_URL` names if it is set, otherwise one of our own. */
 export async function acquirePostgres(options: PostgresOptions = {}): Promise<PostgresServer> {
   const url = process.env.DATABASE_URL
@@ -71,15 +54,8 @@ export async function acquirePostgres(options: PostgresOptions = {}): Promise<Po
  * It needs no installation: the binaries come from a package. As root it runs as the user `postgres` or `nobody`,
  * because PostgreSQL refuses root. It ends with {@link StartedPostgres.stop}, and with this process at the latest.
  */
-export async function startPostgres(options: PostgresOptions = {}): Promise<StartedPostgres> {
-  for (let attempt = 1; ; attempt++) {
-    try {
-      return await startOnce(options)
-    } catch (error) {
-      // Between the choice of a free port and its use, another process may take it.
-      if (attempt === 5 || !/could not bind|Address already in use/.test(String(error))) throw error
-    }
-  }
+export function startPostgres(options: PostgresOptions = {}): Promise<StartedPostgres> {
+  return onFreePort(() => startOnce(options))
 }
 
 async function startOnce({ settings = {} }: PostgresOptions): Promise<StartedPostgres> {
@@ -101,18 +77,14 @@ async function startOnce({ settings = {} }: PostgresOptions): Promise<StartedPos
       `${name}=${value}`,
     ])
     const command = [join(binaries, 'postgres'), '-D', dataDirectory, ...parameters]
-    const server = await launch(command, { user, directory, dataDirectory, logFile })
+    const isReady = () => isReadyIn(dataDirectory)
+    const stop = await launch({ name: 'PostgreSQL', command, user, directory, logFile, isReady, stopBy: 'INT' })
     const url = `postgres://postgres:${postgresPassword}@127.0.0.1:${port}/postgres`
-    return { url, port, logFile, dataDirectory, stop: server.stop }
+    return { url, port, logFile, dataDirectory, stop }
   } catch (error) {
     await rm(directory, { recursive: true, force: true })
     throw error
   }
-}
-
-interface User {
-  readonly uid: number
-  readonly gid: number
 }
 
 async function unprivilegedUser(): Promise<User> {
@@ -172,71 +144,8 @@ async function restoreLinks(native: string): Promise<void> {
   }
 }
 
-async function freePort(): Promise<number> {
-  const server = createServer()
-  await new Promise<void>((resolve, reject) => server.once('error', reject).listen(0, '127.0.0.1', resolve))
-  const address = server.address()
-  await new Promise((resolve) => server.close(resolve))
-  if (address === null || typeof address === 'string') throw new Error('The system gave no port.')
-  return address.port
-}
-
-interface Place {
-  readonly user: User | undefined
-  readonly directory: string
-  readonly dataDirectory: string
-  readonly logFile: string
-}
-
-async function launch(command: string[], { user, directory, dataDirectory, logFile }: Place) {
-  const log = await open(logFile, 'w+')
-  try {
-    const server = spawn('/bin/sh', ['-c', supervisor, 'postgres-supervisor', directory, ...command], {
-      ...user,
-      cwd: directory,
-      detached: true, // Ctrl-C is for the tests alone: they still need the server to end well
-      stdio: ['pipe', log.fd, log.fd],
-    })
-    let ending: string | undefined
-    const ended = new Promise<void>((resolve) => {
-      server.once('error', (error) => {
-        ending = error.message
-        resolve()
-      })
-      server.once('exit', (code, signal) => {
-        ending = `it ended with ${signal ?? `code ${code}`}`
-        resolve()
-      })
-    })
-    const { stdin } = server
-    stdin?.on('error', () => undefined) // the server was gone before us: nothing is left to tell it
-    server.unref()
-
-    async function stop(): Promise<void> {
-      server.ref()
-      stdin?.end()
-      const killer = setTimeout(() => server.pid && process.kill(-server.pid, 'SIGKILL'), 10_000)
-      await ended
-      clearTimeout(killer)
-      await rm(directory, { recursive: true, force: true })
-    }
-
-    for (const deadline = Date.now() + 30_000; !(await isReady(dataDirectory)); await sleep(20)) {
-      if (ending === undefined && Date.now() < deadline) continue
-      const { size } = await log.stat()
-      const { buffer } = await log.read(Buffer.alloc(size), 0, size, 0)
-      const reason = ending ?? 'it was not ready within 30 seconds'
-      await stop()
-      throw new Error(`PostgreSQL did not start: ${reason}. It said:\n${buffer}`)
-    }
-    return { stop }
-  } finally {
-    await log.close()
-  }
-}
-
 /** The same sign that `pg_ctl --wait` looks for. */
-async function isReady(dataDirectory: string): Promise<boolean> {
+async function isReadyIn(dataDirectory: string): Promise<boolean> {
   const lines = await readFile(join(dataDirectory, 'postmaster.pid'), 'utf8').then(
     (text) => text.split('\n'),
     () => [],
