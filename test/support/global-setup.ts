@@ -1,15 +1,27 @@
 import type { TestProject } from 'vitest/node'
+import { acquireMariadb } from './mariadb-server.ts'
 import { acquirePostgres } from './postgres-server.ts'
 
 declare module 'vitest' {
   interface ProvidedContext {
     postgresUrl: string
+    /** What keeps the tests that need it from running, where there is no server. */
+    mysqlServer: { readonly url: string } | { readonly problem: string }
   }
 }
 
-/** One PostgreSQL server for all test files. */
+/** One server of each kind for all test files. */
 export default async function setup(project: TestProject): Promise<() => Promise<void>> {
-  const server = await acquirePostgres()
-  project.provide('postgresUrl', server.url)
-  return server.stop
+  const [postgres, mariadb] = await Promise.all([acquirePostgres(), acquireMariadb().catch(problemOf)])
+  project.provide('postgresUrl', postgres.url)
+  project.provide('mysqlServer', 'problem' in mariadb ? mariadb : { url: mariadb.url })
+  return async () => {
+    await postgres.stop()
+    if (!('problem' in mariadb)) await mariadb.stop()
+  }
+}
+
+/** Without MariaDB the other tests still run. */
+function problemOf(error: Error): { problem: string } {
+  return { problem: error.message }
 }
