@@ -1,12 +1,31 @@
 import { connect, createServer, type Server, type Socket } from 'node:net'
 import type { Gate } from './gate.ts'
+import { MysqlReader } from './mysql-wire.ts'
+import { PostgresReader } from './postgres-wire.ts'
 
-/** One message of the PostgreSQL protocol on its way through a {@link WireProxy}. */
+export type Direction = 'sent' | 'received'
+
+/** Reads the protocol of one connection. What it says is about the bytes that it has seen in order. */
+export interface WireReader {
+  /** The length of the message that `unread` begins with, if it can be told yet. */
+  lengthOf(direction: Direction, unread: Buffer): number | undefined
+  /** The label of a message. */
+  read(direction: Direction, bytes: Buffer): string
+}
+
+/** The protocols, by the scheme of the URL. */
+const postgres = { port: 5432, reader: () => new PostgresReader() }
+const mysql = { port: 3306, reader: () => new MysqlReader() }
+const protocols: Record<string, { readonly port: number; reader(): WireReader }> = {
+  'postgres:': postgres,
+  'postgresql:': postgres,
+  'mysql:': mysql,
+  'mariadb:': mysql,
+}
+
+/** One message on its way through a {@link WireProxy}. */
 export interface Message {
-  /**
-   * Direction, type and what the message is about: `> Q BEGIN`, `> P insert into t …`, `> B`, `> E`, `> S` from the client,
-   * `< C COMMIT`, `< E 23505`, `< Z I` from the server; `> startup`, `> ssl`, `> cancel` for the packets without a type.
-   */
+  /** Direction, type and what the message is about: see {@link PostgresReader} and {@link MysqlReader}. */
   readonly label: string
   /** Number of its connection, from 1. */
   readonly connection: number
@@ -50,7 +69,7 @@ export interface Traffic {
   readonly labels: readonly string[]
 }
 
-/** A TCP proxy in front of PostgreSQL that reads what passes, counts it, and fails where it is told to. */
+/** A TCP proxy in front of a database server that reads what passes, counts it, and fails where it is told to. */
 export interface WireProxy {
   /** The connection string of the server, with the proxy in its place. */
   readonly url: string
@@ -69,6 +88,8 @@ export interface WireProxy {
 /** Starts a proxy for the server of `url`. Without `record`, it keeps no labels: for measuring. */
 export async function startProxy(url: string, { record = true } = {}): Promise<WireProxy> {
   const target = new URL(url)
+  const protocol = protocols[target.protocol]
+  if (!protocol) throw new Error(`No protocol is known for ${target.protocol}//.`)
   const links = new Set<Link>()
   const traps: { match: Match; fate: Fate; when: 'before' | 'after'; left: number; hit(message: Message): void }[] = []
   let counts = { roundTrips: 0, sent: 0, received: 0, connections: 0 }
@@ -92,12 +113,12 @@ export async function startProxy(url: string, { record = true } = {}): Promise<W
   const server: Server = createServer({ noDelay: true, allowHalfOpen: true }, (client) => {
     counts.connections++
     const upstream = connect({
-      port: Number(target.port || 5432),
+      port: Number(target.port || protocol.port),
       host: target.hostname,
       noDelay: true,
       allowHalfOpen: true,
     })
-    const link = new Link(client, upstream, ++connections, watcher)
+    const link = new Link(client, upstream, ++connections, protocol.reader(), watcher)
     links.add(link)
     client.once('close', () => links.delete(link))
   })
@@ -162,7 +183,7 @@ function matches(match: Match, message: Message): boolean {
 
 interface Watcher {
   fate(message: Message, when: 'before' | 'after'): Fate | undefined
-  passed(direction: 'sent' | 'received', bytes: number, answers: boolean): void
+  passed(direction: Direction, bytes: number, answers: boolean): void
 }
 
 /** One client's connection and its continuation to the server. */
@@ -170,6 +191,7 @@ class Link {
   readonly #client: Socket
   readonly #upstream: Socket
   readonly #number: number
+  readonly #reader: WireReader
   readonly #watcher: Watcher
   /** The client has sent something that was not answered yet. */
   #asked = false
@@ -179,13 +201,12 @@ class Link {
   /** What goes on after a pause: one for each direction, and the ends that came meanwhile. */
   readonly #pumps: (() => void)[] = []
   readonly #resumed: (() => void)[] = []
-  /** Packets have no type until the start-up is done; after an accepted SSLRequest nothing can be read. */
-  #phase: 'startup' | 'ssl answer' | 'messages' | 'opaque' = 'startup'
 
-  constructor(client: Socket, upstream: Socket, number: number, watcher: Watcher) {
+  constructor(client: Socket, upstream: Socket, number: number, reader: WireReader, watcher: Watcher) {
     this.#client = client
     this.#upstream = upstream
     this.#number = number
+    this.#reader = reader
     this.#watcher = watcher
     this.#forward('sent', client, upstream)
     this.#forward('received', upstream, client)
@@ -214,7 +235,7 @@ class Link {
     else act()
   }
 
-  #forward(direction: 'sent' | 'received', from: Socket, to: Socket): void {
+  #forward(direction: Direction, from: Socket, to: Socket): void {
     let unread = Buffer.alloc(0)
     let held = false
     let ended = false
@@ -224,11 +245,11 @@ class Link {
         if (passing.length > 0) to.write(Buffer.concat(passing.splice(0)))
       }
       while (!held && !this.#stalled && !this.#paused) {
-        const length = this.#lengthOf(direction, unread)
+        const length = this.#reader.lengthOf(direction, unread)
         if (length === undefined || unread.length < length) break
         const bytes = unread.subarray(0, length)
         unread = unread.subarray(length)
-        const message = { label: this.#read(direction, bytes), connection: this.#number, bytes }
+        const message = { label: this.#reader.read(direction, bytes), connection: this.#number, bytes }
         const passOn = (what: Buffer) => {
           this.#watcher.passed(direction, what.length, direction === 'received' && this.#asked)
           this.#asked = direction === 'sent'
@@ -290,63 +311,4 @@ class Link {
       if (!ended || this.#stalled) this.#unlessPaused(() => to.destroy())
     })
   }
-
-  /** The length of the packet that `unread` begins with, if it can be told yet. */
-  #lengthOf(direction: 'sent' | 'received', unread: Buffer): number | undefined {
-    if (unread.length === 0) return undefined
-    const fromClient = direction === 'sent'
-    if (this.#phase === 'startup' && fromClient && unread[0] === 0x16) this.#phase = 'opaque' // a TLS handshake
-    if (this.#phase === 'opaque') return unread.length
-    if (this.#phase === 'ssl answer' && !fromClient) return 1
-    if (this.#phase === 'startup' && fromClient) return unread.length < 8 ? undefined : unread.readInt32BE(0)
-    return unread.length < 5 ? undefined : unread.readInt32BE(1) + 1
-  }
-
-  #read(direction: 'sent' | 'received', bytes: Buffer): string {
-    if (direction === 'sent') {
-      if (this.#phase === 'opaque') return '> opaque'
-      if (this.#phase === 'startup') return `> ${this.#readStartup(bytes.readInt32BE(4))}`
-      return label('>', bytes, clientText)
-    }
-    if (this.#phase === 'opaque') return '< opaque'
-    if (this.#phase === 'ssl answer') {
-      this.#phase = bytes.toString('latin1') === 'S' ? 'opaque' : 'startup'
-      return `< ssl ${bytes.toString('latin1')}`
-    }
-    return label('<', bytes, serverText)
-  }
-
-  #readStartup(code: number): string {
-    if (code === 80877102) return 'cancel'
-    this.#phase = code === 80877103 || code === 80877104 ? 'ssl answer' : 'messages'
-    return this.#phase === 'messages' ? 'startup' : 'ssl'
-  }
-}
-
-function label(arrow: string, bytes: Buffer, textOf: (type: string, body: Buffer) => string): string {
-  const type = String.fromCharCode(bytes[0] ?? 0)
-  const text = textOf(type, bytes.subarray(5))
-  return text === '' ? `${arrow} ${type}` : `${arrow} ${type} ${text}`
-}
-
-/** The SQL of a query or of a statement to prepare. */
-function clientText(type: string, body: Buffer): string {
-  if (type === 'Q') return text(body)
-  if (type === 'P') return text(body.subarray(body.indexOf(0) + 1))
-  return ''
-}
-
-/** The tag of a completed command, the SQLSTATE of an error or notice, the status that a `ReadyForQuery` tells. */
-function serverText(type: string, body: Buffer): string {
-  if (type === 'C') return text(body)
-  if (type === 'Z') return body.toString('latin1')
-  if (type !== 'E' && type !== 'N') return ''
-  for (let at = 0; body[at]; at = body.indexOf(0, at) + 1) {
-    if (String.fromCharCode(body[at] ?? 0) === 'C') return text(body.subarray(at + 1))
-  }
-  return ''
-}
-
-function text(body: Buffer): string {
-  return body.toString('utf8', 0, body.indexOf(0))
 }
