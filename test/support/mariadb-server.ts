@@ -15,7 +15,7 @@ export interface MariadbServer {
 }
 
 /** Stands in every connection string, so that a test can look for it where no password may be. */
-export const mariadbPassword = 'not-to-be-shown'
+const mariadbPassword = 'not-to-be-shown'
 
 const settings: Record<string, string> = {
   'bind-address': '127.0.0.1',
