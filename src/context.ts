@@ -376,8 +376,12 @@ export function liveScope(scope: Scope | undefined): Scope | undefined {
 
 function isOver({ block, session, context, preparing }: Scope): boolean {
   if (preparing) return false
-  if (block) return block.session.closed
+  if (block) return hasSettled(block.session.owner as Context) // its late code is refused until then
   if (session) return session.closed
+  return hasSettled(context)
+}
+
+function hasSettled(context: Context | undefined): boolean {
   return context === undefined || (context.state !== 'open' && context.state !== 'settling')
 }
 

@@ -320,11 +320,11 @@ export class Session<Connection>
     }
   }
 
-  /** The innermost block of this session around the running code, live or ended. */
+  /** The innermost block around the running code, live or ended, also of a session that was closed and that this one follows. */
   enclosingBlock(): Block<Connection> | undefined {
     for (let scope = currentScope(); scope; scope = scope.parent) {
-      const block = scope.block
-      if (block?.session === this && (block as Block<Connection>).begun) return block as Block<Connection> // its own
+      const block = scope.block as Block<Connection> | undefined // if it is of this database
+      if (block?.session.database === this.database && block.session.owner === this.owner && block.begun) return block
     }
     return undefined
   }

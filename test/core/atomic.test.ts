@@ -863,6 +863,29 @@ describe('the end of a block', () => {
     })
   })
 
+  it('A6 refuses late statements of its scope also when the session that it was in was closed meanwhile', async () => {
+    await newContext(async () => {
+      const late = gate()
+      let laterOn: Promise<unknown>[] = []
+      await main.atomic(async () => {
+        const later = (act: () => unknown) => late.passed.then(act).catch((error: unknown) => error)
+        laterOn = [
+          later(() => note('late')),
+          later(() => main.session().db.query("insert into notes values ('late')")),
+          later(() => main.atomic(() => note('late'))),
+          later(() => main.newSession(() => note('late'))),
+          later(() => main.commit()),
+          later(() => main.afterCommit(() => {})),
+        ]
+      })
+      await main.closeSession()
+      late.open()
+      for (const refused of laterOn) expect(await refused).toMatchObject(ended)
+      await note('a')
+    })
+    expect(await notes()).toEqual(['a'])
+  })
+
   it('A6 lets new contexts and sessions of its late code through', async () => {
     await newContext(async () => {
       const late = gate()
