@@ -221,8 +221,8 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     let session: Session<Connection> | undefined
     const unit = new Context({ streams: 'destroy', ...abort }, (owner) => {
       session = owner.session(this, () => new Session(this, owner, { transaction, hold }))
-      const parent = liveScope(currentScope())
-      return { parent, context: parent?.context, session }
+      const surrounding = currentScope()
+      return { parent: liveScope(surrounding), context: surrounding?.context, session } // one that has ended refuses
     })
     return runUnit(unit, () => work(session as AmbientSession<unknown> as AmbientSession<Handle>)) // its handle comes from this adapter
   }

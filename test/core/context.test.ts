@@ -373,6 +373,20 @@ describe('an ended context', () => {
     expect(await ids()).toEqual([1])
     expect((await database.backends()).map(({ query }) => query)).toEqual(backends.map(({ query }) => query))
   })
+
+  it('C4 refuses late work inside a session beside it, and never gives it the session of a context around it', async () => {
+    await newContext(async () => {
+      const late = gate()
+      let laterOn: Promise<unknown> = Promise.resolve()
+      await newContext(() => {
+        laterOn = late.passed.then(() => main.newSession(() => insert(2)))
+      })
+      await insert(1)
+      late.open()
+      await expect(laterOn).rejects.toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
+    })
+    expect(await ids()).toEqual([1])
+  })
 })
 
 describe('two copies of the package', () => {
