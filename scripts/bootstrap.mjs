@@ -1,12 +1,13 @@
 // Runs a command with the Node and the packages that this repository needs, on a machine that may have neither:
 //
-//   node scripts/bootstrap.mjs [--node=<exact version>] <command> [arguments]
+//   node scripts/bootstrap.mjs [--node=<exact version>] [--with=<folder>] <command> [arguments]
 //
 // It runs on Node >= 18. If the running Node is too old, or is not the one asked for, it installs one into .tools from
-// the npm package that carries the binary. It runs `npm ci` if node_modules is not what package-lock.json says.
+// the npm package that carries the binary. It runs `npm ci` if node_modules is not what package-lock.json says, here and
+// in the folder of another project that is asked for.
 import { spawn, spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readFileSync, renameSync, rmSync } from 'node:fs'
-import { basename, delimiter, dirname, join } from 'node:path'
+import { basename, delimiter, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 const oldest = [22, 18]
@@ -29,9 +30,8 @@ function stop(problem) {
 }
 
 function parseArguments([first, ...rest]) {
-  if (!first?.startsWith('--node=')) return { command: first, args: rest }
-  const version = first.slice('--node='.length)
-  return { version, command: rest[0], args: rest.slice(1) }
+  const [, name, value] = /^--(node|with)=(.*)$/.exec(first ?? '') ?? []
+  return name ? { ...parseArguments(rest), [name]: value } : { command: first, args: rest }
 }
 
 function isRecentEnough() {
@@ -40,7 +40,7 @@ function isRecentEnough() {
 }
 
 /** Runs npm, also where this process was started by another Node than the one that npm belongs to. */
-function npm(args) {
+function npm(args, cwd = root) {
   // What `npm pack --dry-run` and the like hand down to their scripts must not change what is installed here.
   const env = { ...process.env, NODE_ENV: 'development' }
   for (const name of ['dry_run', 'global', 'json', 'omit', 'only', 'production', 'package_lock_only', 'workspace']) {
@@ -48,7 +48,7 @@ function npm(args) {
   }
   const cli = process.env.npm_execpath
   const viaCli = cli !== undefined && basename(cli) === 'npm-cli.js'
-  const options = { cwd: root, env, encoding: 'utf8', shell: !viaCli && process.platform === 'win32' }
+  const options = { cwd, env, encoding: 'utf8', shell: !viaCli && process.platform === 'win32' }
   const result = viaCli ? spawnSync(process.execPath, [cli, ...args], options) : spawnSync('npm', args, options)
   const output = result.error?.message ?? `${result.stderr}${result.stdout}`
   return { ok: result.status === 0, output }
@@ -99,9 +99,9 @@ function nodeFolder(version) {
 }
 
 /** Whether node_modules holds what package-lock.json says, by the record that npm itself keeps of an installation. */
-function isInstalled() {
+function isInstalled(folder) {
   try {
-    const read = (path) => JSON.parse(readFileSync(join(root, path), 'utf8')).packages
+    const read = (path) => JSON.parse(readFileSync(join(folder, path), 'utf8')).packages
     const { '': _, ...wanted } = read('package-lock.json')
     const present = read('node_modules/.package-lock.json')
     const agrees = ([path, { version, optional }]) => (present[path] ? present[path].version === version : optional)
@@ -111,16 +111,10 @@ function isInstalled() {
   }
 }
 
-function installPackages() {
-  process.stderr.write('bootstrap: installing the packages of package-lock.json\n')
-  const { ok, output } = npm([
-    'ci',
-    '--include=dev',
-    '--include=optional',
-    '--no-audit',
-    '--no-fund',
-    '--loglevel=error',
-  ])
+function installPackages(folder) {
+  process.stderr.write(`bootstrap: installing the packages of ${relative(root, join(folder, 'package-lock.json'))}\n`)
+  const args = ['ci', '--include=dev', '--include=optional', '--no-audit', '--no-fund', '--loglevel=error']
+  const { ok, output } = npm(args, folder)
   if (!ok) throw new Problem('`npm ci` failed.', output, network)
 }
 
@@ -150,14 +144,16 @@ function run(command, args, path) {
 }
 
 try {
-  const { version, command, args } = parseArguments(process.argv.slice(2))
+  const { node: version, with: other, command, args } = parseArguments(process.argv.slice(2))
   if (command === undefined) {
-    const usage = 'node scripts/bootstrap.mjs [--node=<exact version>] <command> [arguments]'
+    const usage = 'node scripts/bootstrap.mjs [--node=<exact version>] [--with=<folder>] <command> [arguments]'
     throw new Problem('There is nothing to run.', 'No command was given.', usage)
   }
   const isRight = version === undefined ? isRecentEnough() : version === process.versions.node
   const node = isRight ? dirname(process.execPath) : nodeFolder(version ?? preferred)
-  if (!isInstalled()) installPackages()
+  for (const folder of other === undefined ? [root] : [root, join(root, other)]) {
+    if (!isInstalled(folder)) installPackages(folder)
+  }
   run(command, args, [join(root, 'node_modules', '.bin'), node, process.env.PATH].join(delimiter))
 } catch (problem) {
   stop(problem)
