@@ -1,6 +1,6 @@
 import type { Abortion } from './abortion.ts'
 import { Block } from './atomic.ts'
-import { AmbientError, isAmbientError } from './errors.ts'
+import { AmbientError, isAmbientError, stateOutcome } from './errors.ts'
 import { type AfterHook, byRegistration, copyHooks, dropHooks, type Hook, moveHooks } from './hooks.ts'
 import type { Session } from './session.ts'
 import type { Transaction } from './transaction.ts'
@@ -29,7 +29,7 @@ export class Ending<Connection> {
       if (abortion?.error) throw abortion.error
     } catch (error) {
       if (abortion?.error) await this.#session.stop(true)
-      await this.rollback(error)
+      stateOutcome(error, await this.rollback(error))
       throw error
     }
     await this.sendCommit(transaction)

@@ -430,6 +430,29 @@ describe('C8 blocks', () => {
     expect(listeners()).toBe(0)
   })
 
+  it('C8 cancels what the beforeCommit hook of a block waits for, and sends no COMMIT', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    await newContext(async () => {
+      const block = failure(
+        main.atomic(
+          async () => {
+            await main.db.query('insert into t values (1)')
+            main.beforeCommit(() => main.db.query(forever))
+          },
+          { signal: abort.signal },
+        ),
+      )
+      await running(forever)
+      abort.abort()
+      expect(await block).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+      expect(count('> cancel')).toBe(1)
+      await main.db.query('insert into t values (2)')
+      await main.rollback()
+    })
+    await expectNothingLeft(main)
+  })
+
   it('C8 never retries a block that was aborted', async () => {
     const main = wire.define({ pool: { max: 1 } })
     let runs = 0
