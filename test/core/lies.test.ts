@@ -52,6 +52,22 @@ describe('C8 says rolled-back only of what the server has said it of', () => {
     expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_ABORTED', undefined, [1]])
   })
 
+  it('C8 not of streams without a transaction', async () => {
+    const main = wire.define()
+    const controller = new AbortController()
+    const error = await failure(
+      newContext(
+        async () => {
+          await main.db.query(new Cursor('insert into t values (1) returning id')).read(1)
+          controller.abort()
+          await forever()
+        },
+        { signal: controller.signal, transaction: 'autocommit' },
+      ),
+    )
+    expect([error.code, error.outcome, await wire.ids()]).toEqual(['AMBIENT_ABORTED', undefined, [1]])
+  })
+
   it('C8 not after a COMMIT by hand whose outcome is unknown', async () => {
     const main = wire.define()
     const controller = new AbortController()

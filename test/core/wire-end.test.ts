@@ -376,6 +376,22 @@ describe('S7', () => {
   })
 })
 
+it('S7 destroys the connection of a statement without a transaction that the driver gave up waiting for', async () => {
+  const main = wire.define({ pool: { max: 1, query_timeout: 100 } })
+  await newContext(
+    async () => {
+      expect((await failure(main.db.query('select pg_sleep(60)'))).message).toBe('Query read timeout')
+      expect((await main.connect()).totalCount).toBe(0)
+      await main.db.query('insert into t values (1)')
+      expect(await failure(main.db.query('select * from missing'))).toMatchObject({ code: '42P01' })
+      expect((await main.connect()).idleCount).toBe(1)
+    },
+    { transaction: 'autocommit' },
+  )
+  expect(await wire.ids()).toEqual([1])
+  expect(wire.proxy.traffic.connections).toBe(2)
+})
+
 it('S7 survives an idle connection that dies in the pool', async () => {
   const main = wire.define({ pool: { max: 1 } })
   await newContext(() => main.db.query('insert into t values (1)'))

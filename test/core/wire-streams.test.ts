@@ -180,6 +180,18 @@ describe('S9', () => {
     expect(await wire.ids()).toEqual([1])
   })
 
+  it('S4 refuses a stream in a transaction that has failed, unsent', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    await newContext(async () => {
+      await failure(main.db.query('select * from missing'))
+      for (const read of [() => main.db.query(stream()).toArray(), () => main.db.query(new Cursor(numbers)).read(1)]) {
+        expect(await failure(read())).toMatchObject({ code: 'AMBIENT_TRANSACTION_ABORTED', cause: { code: '42P01' } })
+      }
+      await main.rollback()
+    })
+    expect(wire.proxy.traffic.labels.filter((label) => label.startsWith('> P'))).toEqual([])
+  })
+
   it('S9 gives up a stream whose connection is lost, and the pool slot with it', async () => {
     const main = wire.define({ pool: { max: 1 } })
     wire.proxy.at('< s', 'reset')
