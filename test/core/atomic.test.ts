@@ -349,7 +349,12 @@ describe('options', () => {
       await main.begin({ isolationLevel: 'repeatable read' })
       for (const current of ['append', 'savepoint', 'join'] as const) {
         const differing = main.atomic(() => note('x'), { current, isolationLevel: 'serializable' })
-        await expect(differing).rejects.toMatchObject({ code: 'AMBIENT_TRANSACTION_OPTIONS' })
+        await expect(differing).rejects.toMatchObject({
+          code: 'AMBIENT_TRANSACTION_OPTIONS',
+          message: expect.stringMatching(
+            /\{"isolationLevel":"repeatable read"\} is open, and .*"serializable".* was asked for/,
+          ),
+        })
         await main.atomic(() => note(current), { current, isolationLevel: 'repeatable read', readOnly: false })
         if (current === 'append') await main.begin({ isolationLevel: 'repeatable read' })
       }

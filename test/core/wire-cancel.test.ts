@@ -226,6 +226,62 @@ describe('C8 contexts', () => {
     expect(wire.proxy.traffic.labels).not.toContain('> Q insert into t values (1)')
   })
 
+  it('C8 sends no cancel request when nothing runs', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const idle = gate()
+    const work = failure(
+      newContext(
+        async () => {
+          const cursor = main.db.query(new Cursor('select 1'))
+          await cursor.read(1)
+          await cursor.close()
+          await main.db.query('insert into t values (1)')
+          await main.db.query(new QueryStream('select 1')).toArray()
+          await main.db.query('select 1')
+          idle.open()
+          await gate().passed
+        },
+        { signal: abort.signal },
+      ),
+    )
+    await idle.passed
+    abort.abort()
+    expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+    expect(count('> cancel')).toBe(0)
+    expect(wire.proxy.traffic.connections).toBe(1)
+    await expectNothingLeft(main)
+  })
+
+  it('C8 cancels a statement without a transaction, and cannot say that it was rolled back', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const work = failure(newContext(() => main.db.query(forever), { signal: abort.signal, transaction: 'autocommit' }))
+    await running(forever)
+    abort.abort()
+    expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: undefined })
+    expect(count('> cancel')).toBe(1)
+    await expectNothingLeft(main)
+  })
+
+  it('C8 sends nothing without a transaction on a connection that comes after the end', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const [holding, release] = [gate(), gate()]
+    const holder = newContext(async () => {
+      await main.db.query('select 1')
+      holding.open()
+      await release.passed
+    })
+    await holding.passed
+    const late = newContext(() => main.db.query('insert into t values (1)'), { timeout: 30, transaction: 'autocommit' })
+    expect(await failure(late)).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+    release.open()
+    await holder
+    await newContext(() => main.db.query('insert into t values (2)'))
+    expect(await wire.ids()).toEqual([2])
+    expect(wire.proxy.traffic.labels).not.toContain('> Q insert into t values (1)')
+  })
+
   it.each([
     ['stream', (sql: string) => new QueryStream(sql)],
     ['cursor', (sql: string) => new Cursor(sql)],
