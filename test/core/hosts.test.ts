@@ -492,7 +492,7 @@ describe('secrets', () => {
     return [inspect(error, { depth: 10, showHidden: true }), stack, message, JSON.stringify(error)].join('\n')
   }
 
-  it('D5 shows no password and no connection string in any error, event or warning', async () => {
+  it('D5 shows no password and no connection string in any error, event or warning', { timeout: 60_000 }, async () => {
     const guarded = await startPostgres()
     const trusted = new Client({ connectionString: guarded.url })
     await trusted.connect()
