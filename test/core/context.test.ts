@@ -407,7 +407,7 @@ describe('two copies of the package', () => {
     return pathToFileURL(join(directory, 'src')).href
   }
 
-  it('C7 share their contexts, their order and their errors', async () => {
+  it('C7 share their contexts, their order and their errors', { timeout: 60_000 }, async () => {
     const { status, stdout, stderr } = await runChild(
       `
       const one = await import(${JSON.stringify(sourceUrl('src/index.ts'))})
@@ -450,7 +450,7 @@ describe('two copies of the package', () => {
     expect(await ids()).toEqual([1, 2, 3])
   })
 
-  it('C7 refuses a copy that speaks another protocol, and names both', async () => {
+  it('C7 refuses a copy that speaks another protocol, and names both', { timeout: 60_000 }, async () => {
     const other = copySources((text) => text.replace('const protocol = 1', 'const protocol = 7'))
     const { status, stdout, stderr } = await runChild(`
       await import(${JSON.stringify(sourceUrl('src/index.ts'))})

@@ -432,7 +432,7 @@ describe('where it happened', () => {
     }).catch(() => {})
   })
 
-  it('O2 is switched on by AMBIENT_DB_TRACE=1', async () => {
+  it('O2 is switched on by AMBIENT_DB_TRACE=1', { timeout: 60_000 }, async () => {
     const script = `
       import { defineDatabase, newContext, openContext } from ${JSON.stringify(sourceUrl('src/index.ts'))}
       import { pgAdapter } from ${JSON.stringify(sourceUrl('src/adapters/pg.ts'))}

@@ -1,22 +1,16 @@
-import { readFileSync, writeFileSync } from 'node:fs'
-import { createServer } from 'node:net'
-import { join } from 'node:path'
-import { inspect } from 'node:util'
 import {
   type AmbientDatabase,
   type DatabaseOptions,
   defineDatabase,
-  detach,
   hasContext,
   newContext,
   openContext,
 } from 'ambient-db'
 import { pgAdapter } from 'ambient-db/pg'
-import { Client, Pool, type PoolClient } from 'pg'
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } from 'vitest'
+import { Pool, type PoolClient } from 'pg'
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { databaseGate, gate, until } from '../support/gate.ts'
 import { createDatabase, type TestDatabase } from '../support/postgres.ts'
-import { postgresPassword, startPostgres } from '../support/postgres-server.ts'
 
 type Main = AmbientDatabase<Pool, Pool>
 
@@ -482,104 +476,5 @@ describe('shutdown', () => {
     const { shutdown } = main
     await shutdown()
     expect(pools).toEqual([])
-  })
-})
-
-describe('secrets', () => {
-  /** Everything that can be read from a thrown value. */
-  function textOf(error: unknown): string {
-    const { stack, message } = (error ?? {}) as Error
-    return [inspect(error, { depth: 10, showHidden: true }), stack, message, JSON.stringify(error)].join('\n')
-  }
-
-  it('D5 shows no password and no connection string in any error, event or warning', { timeout: 60_000 }, async () => {
-    const guarded = await startPostgres()
-    const trusted = new Client({ connectionString: guarded.url })
-    await trusted.connect()
-    await trusted.query(`create role guest login password '${postgresPassword}'`)
-    const rules = join(guarded.dataDirectory, 'pg_hba.conf')
-    writeFileSync(rules, `host all guest all scram-sha-256\n${readFileSync(rules, 'utf8')}`)
-    await trusted.query('select pg_reload_conf()')
-    await trusted.end()
-
-    const server = createServer((socket) => socket.destroy()) // cuts every connection
-    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
-    const { port } = server.address() as { port: number }
-    const closed = createServer()
-    await new Promise<void>((resolve) => closed.listen(0, '127.0.0.1', resolve))
-    const deadPort = (closed.address() as { port: number }).port
-    await new Promise((resolve) => closed.close(resolve))
-    const variant = (change: (url: URL) => void) => {
-      const other = new URL(east.url)
-      change(other)
-      return other.href
-    }
-    const urls = {
-      password: variant((each) => {
-        each.port = String(guarded.port)
-        each.username = 'guest'
-        each.password = 'another-secret'
-      }),
-      dead: variant((each) => {
-        each.port = String(deadPort)
-      }),
-      cut: variant((each) => {
-        each.port = String(port)
-      }),
-      database: variant((each) => {
-        each.pathname = '/does-not-exist'
-      }),
-      role: variant((each) => {
-        each.username = 'nobody-of-that-name'
-      }),
-    }
-    const { subscribe, unsubscribe } = await import('node:diagnostics_channel')
-    const read: string[] = []
-    const listener = (message: unknown) => read.push(textOf(message))
-    const channels = ['ambient-db:context', 'ambient-db:session', 'ambient-db:transaction']
-    for (const name of channels) subscribe(name, listener)
-    const warn = vi.spyOn(process, 'emitWarning').mockImplementation((warning) => {
-      read.push(textOf(warning))
-    })
-    const failures: unknown[] = []
-    try {
-      for (const [name, connectionString] of Object.entries(urls)) {
-        const adapter = pgAdapter(() => new Pool({ connectionString, connectionTimeoutMillis: 5000 }))
-        const main = keep(defineDatabase({ name, adapter, acquireTimeout: 5000 }))
-        const failing = (work: Promise<unknown>) =>
-          work.then(
-            () => expect.fail(`${name} connected`),
-            (error) => failures.push(error),
-          )
-        await failing(newContext(() => insert(main, 1)))
-        await failing(newContext(() => main.atomic(() => insert(main, 1))))
-        await failing(main.newSession((session) => session.begin()))
-        await newContext(async () => {
-          main.afterCommit(() => detach(() => newContext(() => insert(main, 1))))
-        })
-      }
-      const lost = define()
-      await newContext(async () => {
-        await insert(lost, 1)
-        await east.witness.rows(
-          `select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'east'`,
-        )
-      }).catch((error) => failures.push(error))
-    } finally {
-      for (const name of channels) unsubscribe(name, listener)
-      warn.mockRestore()
-      server.close()
-      await guarded.stop()
-    }
-    expect(failures[0]).toMatchObject({ code: '28P01' })
-    expect(failures).toHaveLength(16)
-    expect(read.length).toBeGreaterThan(failures.length)
-    for (const text of [...failures.map(textOf), ...read]) {
-      for (const secret of [postgresPassword, 'another-secret', east.url]) expect(text).not.toContain(secret)
-    }
-  })
-
-  it('D5 looks where a secret could be: one in an error of a factory is found', () => {
-    expect(textOf(new Error('x', { cause: { url: `postgres://a:${postgresPassword}@b` } }))).toContain(postgresPassword)
   })
 })
