@@ -244,6 +244,21 @@ for (const [library, open] of Object.entries(libraries)) {
         await main.shutdown()
       })
 
+      it('S11 refuses at once who waits inside a session that holds the connection, also without a context around it', async () => {
+        const main = harness.define({ acquireTimeout: 10_000 })
+        await main.newSession(async (session) => {
+          await harness.insert(session.db, 1)
+          for (const unit of [
+            newContext(() => harness.insert(main.db, 2)),
+            main.newSession(({ db }) => harness.insert(db, 2)),
+          ]) {
+            await expect(unit).rejects.toMatchObject({ code: 'AMBIENT_SELF_DEADLOCK' })
+          }
+        })
+        expect(await harness.witness()).toEqual([1])
+        await main.shutdown()
+      })
+
       it('A5 runs a block again that met a lock', async () => {
         const main = harness.define({ acquireTimeout: 1 })
         harness.other.exec('begin immediate')

@@ -78,6 +78,30 @@ it('S2 answers begin() on a pipelined pool only when the server has answered BEG
   await main.shutdown()
 })
 
+it('C4 leaves no timer behind that would keep the process', async () => {
+  const main = define('timers', { idleTimeoutMillis: 0 })
+  const timers = () => process.getActiveResourcesInfo().filter((name) => name === 'Timeout').length
+  await database.witness.rows('truncate notes')
+  await newContext(() => main.db.query('select 1')) // opens the connection
+  const before = timers()
+  const late = { timeout: 60_000 }
+  await newContext(async () => {
+    await Promise.all([
+      main.atomic(async () => {
+        await main.db.query('insert into notes values (1)')
+        await main.atomic(() => main.db.query('insert into notes values (2)'), late)
+      }, late),
+      main.db.query('select 1'), // waits behind the block
+    ])
+    await main.atomic(() => main.db.query('select * from missing'), late).catch(() => {})
+    expect(timers()).toBeGreaterThan(before)
+  }, late)
+  await main.newSession(() => Promise.reject(new Error('planned')), late).catch(() => {})
+  await newContext(() => main.db.query('select * from missing'), late).catch(() => {})
+  expect(timers()).toBe(before)
+  await main.shutdown()
+})
+
 it('A1 S6 refuses a misspelt answer rather than commit', async () => {
   const main = define('misspelt')
   const invalid = { code: 'AMBIENT_INVALID_ARGUMENT' }
