@@ -568,7 +568,7 @@ describe('a leased client without a transaction', () => {
     expect(await notes()).toEqual(['a', 'b'])
   })
 
-  it('A4 refuses BEGIN when its session or context has ended', async () => {
+  it('A4 refuses BEGIN when its session or context has ended or ends', async () => {
     const ended = await newContext(async () => main.db.connect())
     await expect(ended.query('BEGIN')).rejects.toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
     ended.release()
@@ -579,6 +579,13 @@ describe('a leased client without a transaction', () => {
       await expect(closed.query('BEGIN')).rejects.toMatchObject({ code: 'AMBIENT_SESSION_CLOSED' })
       closed.release()
       await note('a')
+      const open = await main.db.connect()
+      const ending = gate()
+      const late = ending.passed.then(() => open.query('BEGIN')).catch((error: unknown) => error)
+      main.beforeCommit(async () => {
+        ending.open()
+        expect(await late).toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
+      })
     })
     expect(await notes()).toEqual(['a'])
     expect(subject.sent.map((text) => text.split(' ')[0])).toEqual(['BEGIN', 'insert', 'COMMIT'])

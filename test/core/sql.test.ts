@@ -78,6 +78,7 @@ describe('transaction control', () => {
     'savepoint a-b',
     'end x',
     'abort prepared',
+    'abort begin',
   ])('S10 knows `%s` for control that a session cannot do', (text) => {
     expect(parseTransactionControl(text)).toEqual({ kind: 'other' })
   })
