@@ -73,7 +73,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
     this.live = false
     this.session.streams.endIn(this.inner, 'the end of its block')
     this.inner.answerFor()
-    this.inner.close(() => this.session.blockEnded(this))
+    this.inner.close(() => this.session.blockEnded(this), cancel)
     await this.session.stop(cancel)
   }
 
@@ -143,7 +143,7 @@ async function runAtomic<Connection, Result>(
     const open = enclosing !== undefined || transaction.opened
     if (open && mode === 'raise') throw transactionOpen(session, label)
     if (open && mode === 'commit') await session.ending.commit(transaction)
-    if (open && mode === 'rollback') await session.ending.rollback()
+    if (open && mode === 'rollback') await session.ending.rollback(transaction)
     if (mode === 'join' || (open && mode === 'savepoint')) return nested(session, mode, outer, settings, attempt)
     if (open && mode === 'append') {
       transaction.agree(settings)
@@ -230,7 +230,7 @@ async function owning<Connection, Result>(
     } catch (error) {
       const again = count < attempts && isRetryable(session, error)
       const open = unsettled || session.transaction === transaction
-      if (open) stateOutcome(error, await session.ending.rollback(error))
+      if (open) stateOutcome(error, await session.ending.rollback(transaction, error))
       if (!again) throw error
       resetHooks()
     }

@@ -28,22 +28,25 @@ export class Ending<Connection> {
       while (await (abortion ? Promise.race([this.prepare(), abortion.promise]) : this.prepare()));
       if (abortion?.error) throw abortion.error
     } catch (error) {
-      if (abortion?.error) await this.#session.stop(true)
-      stateOutcome(error, await this.rollback(error))
+      stateOutcome(error, await this.rollback(transaction, error, abortion?.error !== undefined))
       throw error
     }
     await this.sendCommit(transaction)
   }
 
-  /** Resolves with whether the server said that it rolled back. */
-  async rollback(error?: unknown): Promise<boolean> {
-    const { transaction } = this.#session
-    const { opened, root } = transaction
+  /**
+   * Lets nothing more of `transaction` be sent, awaits what is at the database (with `cancel`, ends it), and rolls back.
+   *
+   * @returns whether the server said that it rolled back.
+   */
+  async rollback(transaction: Transaction<Connection>, error?: unknown, cancel = false): Promise<boolean> {
+    const { root } = transaction
     root.refusal ??= this.#transactionEnded
+    await this.#session.stop(cancel)
+    const { opened } = transaction
     const said = await transaction.rollback(error)
     if (!said) this.#session.mayHaveCommitted()
-    const unknown = root.failure?.outcome === 'unknown'
-    this.#renew(transaction, unknown ? undefined : 'afterRollback', opened)
+    this.#renew(transaction, root.failure?.outcome === 'unknown' ? undefined : 'afterRollback', opened)
     return said
   }
 

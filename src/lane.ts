@@ -46,6 +46,7 @@ export class Lane {
   readonly #waiting: Waiter[] = []
   #current: Occupant | undefined
   #refusal: (() => AmbientError) | undefined
+  #cut = false
   #watch: NodeJS.Timeout | undefined
   #joining = false
   #failure: { error: unknown } | undefined
@@ -131,12 +132,21 @@ export class Lane {
     }
   }
 
-  /** Refuses what comes from now on and what waits, here and in the blocks inside. What is at the database goes on. */
-  close(refusal: () => AmbientError): void {
+  /**
+   * Refuses what comes from now on and what waits, here and in the blocks inside. What is at the database goes on, and so does what
+   * has its turn and is about to be sent, unless it is `cut` off.
+   */
+  close(refusal: () => AmbientError, cut = false): void {
     this.#refusal ??= refusal
+    this.#cut ||= cut
     clearTimeout(this.#watch)
     for (const waiter of this.#waiting.splice(0)) waiter.refuse(this.#refusal())
-    this.#current?.inner?.close(refusal)
+    this.#current?.inner?.close(refusal, cut)
+  }
+
+  /** Throws if what has its turn must not be sent any more. */
+  assertMaySend(): void {
+    if (this.#refusal && this.#cut) throw this.#refusal()
   }
 
   /** What was issued so far and is awaited by nobody is no unhandled rejection: the unit that fails speaks for it. */

@@ -88,7 +88,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
     const undo = async () => {
       base.refusal ??= () => session.blockEnded(block)
       if (!owns) await transaction.rollbackLevel(base)
-      else if (session.transaction === transaction) await session.ending.rollback()
+      else if (session.transaction === transaction) await session.ending.rollback(transaction)
     }
     try {
       if (outcome === 'commit') await block.join()

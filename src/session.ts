@@ -164,7 +164,7 @@ export class Session<Connection>
     const lane = block?.inner ?? this.lane
     const occupant: Occupant = { label: 'a statement', place: this.place() }
     const sent = sessionChannel.hasSubscribers ? this.#published(statement) : statement
-    return lane.run(occupant, () => this.transaction.run(block?.level ?? this.transaction.root, sent))
+    return lane.run(occupant, () => this.transaction.run(block?.level ?? this.transaction.root, sent, lane))
   }
 
   /** The same statement, published when it is answered. */
@@ -240,7 +240,7 @@ export class Session<Connection>
   /** Throws if something of it may be committed all the same, and nobody knows yet (S10). */
   async #rollBack(): Promise<void> {
     const { transaction } = this
-    await this.ending.rollback()
+    await this.ending.rollback(transaction)
     if (transaction.untold) throw transaction.untold
   }
 
@@ -410,6 +410,7 @@ export class Session<Connection>
     this.lane.close(() => this.#refused(this.#contextEnded()))
   }
 
+  /** Awaits what is at the database; with `cancel`, ends it. */
   async stop(cancel: boolean): Promise<void> {
     await this.ending.underWay?.catch(() => {}) // a COMMIT that was sent is awaited, whoever asked for it (C8)
     await this.transaction.stop(cancel)
@@ -428,8 +429,9 @@ export class Session<Connection>
     return committing
   }
 
-  async rollbackAtEnd(error: unknown): Promise<boolean> {
-    const said = await this.ending.rollback(error)
+  async rollbackAtEnd(error: unknown, cancel: boolean): Promise<boolean> {
+    this.transaction.root.refusal ??= () => this.#refused(this.#contextEnded())
+    const said = await this.ending.rollback(this.transaction, error, cancel)
     this.owner.defer(this.ending.takeDue())
     return said
   }

@@ -23,13 +23,11 @@ export interface Participant {
   quiet(bound: Bound): Promise<void>
   /** Rejects what is queued; refuses what comes from now on. */
   fence(): void
-  /** Awaits the statement that is on the wire; with `cancel`, cancels it first. */
-  stop(cancel: boolean): Promise<void>
   /** Verifies that the transaction can commit and runs the beforeCommit hooks, if there are any. */
   prepare(): Promise<true> | undefined
   commitAtEnd(): Promise<void>
-  /** Resolves with whether the server said that it rolled back. */
-  rollbackAtEnd(error: unknown): Promise<boolean>
+  /** Awaits (or cancels) what is on the wire; resolves with whether the server said that it rolled back. */
+  rollbackAtEnd(error: unknown, cancel: boolean): Promise<boolean>
   closeAtEnd(): Promise<void> | undefined
   /** Where the caller is, while tracing. */
   place(): string | undefined
@@ -117,8 +115,7 @@ async function rollbackEach(sessions: Participant[], error: unknown, cancel: boo
     sessions.map(async (session) => {
       try {
         session.endStream('destroy')
-        await session.stop(cancel)
-        return await session.rollbackAtEnd(error)
+        return await session.rollbackAtEnd(error, cancel)
       } catch (second) {
         attachCleanupError(error, second)
         return false

@@ -33,7 +33,7 @@ export class Streams<Connection> {
           closing()
           end(failure)
         }
-        const { connection, lost, settle } = await session.transaction.openStream(levelNow(), ended)
+        const { connection, lost, settle } = await session.transaction.openStream(levelNow(), ended, lane)
         this.#destroy = (error) => {
           try {
             destroy(error)

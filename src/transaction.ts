@@ -6,6 +6,7 @@ import { type TransactionEvent, transactionChannel } from './events.ts'
 import { connectionLost, type Failure, failByError, failByStatus } from './failure.ts'
 import type { Holder } from './holder.ts'
 import { dropHooks, moveHooks } from './hooks.ts'
+import type { Lane } from './lane.ts'
 import { assertLive, hasEnded, Level } from './level.ts'
 import { happened } from './trace.ts'
 import { retryBusy, Wire } from './wire.ts'
@@ -136,13 +137,14 @@ export class Transaction<Connection> {
     }
   }
 
-  /** Opens `level` and what surrounds it, then runs `statement`. */
-  async run<Result>(level: Level, statement: (connection: Connection) => Promise<Result>): Promise<Result> {
+  /** Opens `level` and what surrounds it, then runs `statement`, unless `lane` was cut off meanwhile. */
+  async run<Result>(level: Level, statement: (connection: Connection) => Promise<Result>, lane: Lane): Promise<Result> {
     this.assertUsable(level)
     if (this.autocommit && !this.opened) return this.#alone(level, statement)
     if (!level.opened) {
       await this.open(level)
       this.assertUsable(level) // its block may have ended in between
+      lane.assertMaySend()
     }
     const lease = this.#lease as Lease<Connection> // an open level has one
     let unsent = true
@@ -163,10 +165,15 @@ export class Transaction<Connection> {
   async openStream(
     level: Level,
     ended: Promise<unknown>,
+    lane: Lane,
   ): Promise<{ connection: Connection; lost: Promise<never>; settle(failure: unknown): Promise<void> }> {
     this.assertUsable(level)
     const alone = this.autocommit && !this.opened
-    if (!alone && !level.opened) await this.open(level)
+    if (!alone && !level.opened) {
+      await this.open(level)
+      this.assertUsable(level)
+      lane.assertMaySend()
+    }
     if (this.#begun) await this.#checkBegin()
     const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
     if (alone) this.#host.mayHaveCommitted()
@@ -356,6 +363,7 @@ export class Transaction<Connection> {
     this.assertUsable(this.root)
     if (this.#begun) await this.#checkBegin()
     if (!this.opened) await this.stop(false) // a block inside that was cut off may be at BEGIN
+    this.assertUsable(this.root) // it may have been ended meanwhile
     const lease = this.#lease
     if (!lease || !this.opened) return
     const commit = () => this.#wire.bounded(lease.adapter.commit(lease.connection))
@@ -397,12 +405,15 @@ export class Transaction<Connection> {
    */
   async rollback(error?: unknown): Promise<boolean> {
     await this.stop(false) // a block inside that was cut off may be at its end
+    if (this.#beginning) await this.root.opening?.catch(() => {}) // which rolls back by itself what has ended meanwhile
     const lease = this.#lease
-    if (!lease || !this.opened) return this.#cleaning ?? true
-    this.#lease = undefined
     const doubt = this.#doubt
-    if (doubt) attachCleanupError(error, doubt)
-    const said = await this.#cleanUp(lease, error)
+    if (lease && this.opened) {
+      this.#lease = undefined
+      if (doubt) attachCleanupError(error, doubt)
+      await this.#cleanUp(lease, error)
+    }
+    const said = (await this.#cleaning) ?? true
     return said && !doubt
   }
 

@@ -281,6 +281,58 @@ describe('C8 contexts', () => {
     expect(await wire.ids()).toEqual([2])
     expect(wire.proxy.traffic.labels).not.toContain('> Q insert into t values (1)')
   })
+  it.each(['statement', 'stream', 'savepoint', 'hook'] as const)(
+    'C8 sends no first %s when the signal fires during its BEGIN',
+    async (kind) => {
+      const main = wire.define({ pool: { max: 1 } })
+      const hold = gate()
+      const trap = wire.proxy.at('< C BEGIN', hold)
+      const abort = new AbortController()
+      const first = (): Promise<unknown> => {
+        if (kind === 'stream') return main.db.query(new QueryStream(forever)).toArray()
+        if (kind === 'savepoint') return main.session().savepoint(() => main.db.query(forever))
+        if (kind === 'statement') return main.db.query(forever)
+        main.beforeCommit(() => main.db.query(forever))
+        return Promise.resolve()
+      }
+      const work = failure(newContext(first, { signal: abort.signal }))
+      await trap.caught
+      abort.abort()
+      await until(() => count('> cancel') === 1, 'the cancel request')
+      hold.open()
+      expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+      expect(wire.proxy.traffic.labels.filter((label) => label.includes(forever))).toEqual([])
+      expect(count('> Q ROLLBACK')).toBe(1)
+      await expectNothingLeft(main)
+    },
+  )
+
+  it.each(['commit', 'append', 'savepoint'] as const)(
+    'C8 sends no COMMIT of a block (%s) whose last statement is answered before the cancel request',
+    async (current) => {
+      const main = wire.define({ pool: { max: 1 } })
+      const answer = gate()
+      const trap = wire.proxy.at('< C INSERT', answer)
+      wire.proxy.at('> cancel', answer)
+      const abort = new AbortController()
+      let block: Promise<unknown> = Promise.resolve()
+      const work = failure(
+        newContext(
+          async () => {
+            block = main.atomic(() => main.db.query('insert into t values (1)'), { current })
+            await block
+          },
+          { signal: abort.signal },
+        ),
+      )
+      await trap.caught
+      abort.abort()
+      answer.open()
+      expect(await failure(block)).toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
+      expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+      await expectNothingLeft(main)
+    },
+  )
 
   it.each([
     ['stream', (sql: string) => new QueryStream(sql)],
@@ -397,6 +449,26 @@ describe('C8 blocks', () => {
     await work
     expect(await wire.ids()).toEqual([1, 3])
   })
+
+  it.each(['commit', 'savepoint', 'join'] as const)(
+    'C8 sends nothing of a block (%s) whose signal fires during BEGIN',
+    async (current) => {
+      const main = wire.define({ pool: { max: 1 } })
+      const hold = gate()
+      const trap = wire.proxy.at('< C BEGIN', hold)
+      const abort = new AbortController()
+      const work = failure(
+        newContext(() => main.atomic(() => main.db.query(forever), { signal: abort.signal, current })),
+      )
+      await trap.caught
+      abort.abort()
+      await until(() => count('> cancel') === 1, 'the cancel request')
+      hold.open()
+      expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+      expect(wire.proxy.traffic.labels.filter((label) => label.includes(forever))).toEqual([])
+      await expectNothingLeft(main)
+    },
+  )
 
   it('C8 awaits the COMMIT of a block that was sent when its signal fires', async () => {
     const main = wire.define({ pool: { max: 1 } })
