@@ -126,10 +126,10 @@ export function isAmbientError(error: unknown, code?: AmbientErrorCode): error i
  * The error that is thrown keeps its identity; a second failure never takes its place.
  */
 export function attachCleanupError(error: unknown, second: unknown): void {
-  if (typeof error !== 'object' || error === null || error === second || !Object.isExtensible(error)) return
+  if (error === second || !Object.isExtensible(error)) return // nor is anything that is no object
   const known = (error as { cleanupErrors?: unknown[] }).cleanupErrors
   if (Array.isArray(known)) known.push(second)
-  else Object.defineProperty(error, 'cleanupErrors', { value: [second], configurable: true })
+  else Object.defineProperty(error as object, 'cleanupErrors', { value: [second], configurable: true })
 }
 
 const spoken = new WeakSet<AmbientError>()
