@@ -102,6 +102,24 @@ describe('C8 says rolled-back only of what the server has said it of', () => {
     expect([error.code, error.outcome]).toEqual(['AMBIENT_ABORTED', undefined])
   })
 
+  it('C8 not after a ROLLBACK by hand that got no answer', async () => {
+    const main = wire.define()
+    const controller = new AbortController()
+    const error = await failure(
+      newContext(
+        async () => {
+          await main.db.query('insert into t values (1)')
+          wire.proxy.at('> Q ROLLBACK', 'reset')
+          await main.rollback()
+          controller.abort()
+          await forever()
+        },
+        { signal: controller.signal },
+      ),
+    )
+    expect([error.code, error.outcome]).toEqual(['AMBIENT_ABORTED', undefined])
+  })
+
   it('C8 not by a unit that the error of another one passes', async () => {
     const main = wire.define()
     const controller = new AbortController()

@@ -282,6 +282,20 @@ describe('S9', () => {
     expect(isFree(await main.connect())).toBe(true)
   })
 
+  it('C4 refuses a stream that is opened while the hooks of its ending context run', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    await newContext(async () => {
+      await main.db.query('insert into t values (1)')
+      const ending = gate()
+      const late = ending.passed.then(() => failure(main.db.query(stream()).toArray()))
+      main.beforeCommit(async () => {
+        ending.open()
+        expect(await late).toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
+      })
+    })
+    expect(await wire.ids()).toEqual([1])
+  })
+
   it('S9 ends a stream at the end of its block', async () => {
     const main = wire.define({ pool: { max: 1 } })
     await newContext(async () => {
