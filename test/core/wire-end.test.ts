@@ -296,6 +296,35 @@ describe('S7', () => {
     ])
   })
 
+  it.each([
+    ['by hand', (main: Main) => main.begin({ isolationLevel: 'serializable', readOnly: true })],
+    [
+      'by a block',
+      (main: Main) => main.atomic(() => main.db.query('select 1'), { isolationLevel: 'serializable', readOnly: true }),
+    ],
+  ])('A7 lets go of the options of a transaction that could not be begun %s', async (_, begin) => {
+    const main = wire.define({ pool: { max: 1 } })
+    wire.proxy.at('> Q BEGIN', ({ bytes }) => Buffer.from(bytes.toString().replace('BEGIN', 'BEGUN')))
+    await newContext(
+      async () => {
+        expect(await failure(begin(main))).toMatchObject({ code: '42601' })
+        await main.db.query('insert into t values (1)') // on its own
+        await main.begin({ isolationLevel: 'repeatable read' })
+        await main.db.query('insert into t values (2)')
+      },
+      { transaction: 'autocommit' },
+    )
+    expect(await wire.ids()).toEqual([1, 2])
+    expect(wire.proxy.traffic.labels.filter((label) => label.startsWith('> Q'))).toEqual([
+      '> Q BEGIN ISOLATION LEVEL SERIALIZABLE READ ONLY',
+      '> Q ROLLBACK',
+      '> Q insert into t values (1)',
+      '> Q BEGIN ISOLATION LEVEL REPEATABLE READ',
+      '> Q insert into t values (2)',
+      '> Q COMMIT',
+    ])
+  })
+
   it.each(ways)('S7 destroys a connection whose ROLLBACK got no answer (%s), and keeps the error', async (how) => {
     const main = wire.define({ pool: { max: 1 }, settleTimeout: 200 })
     wire.proxy.at('> Q ROLLBACK', how)
