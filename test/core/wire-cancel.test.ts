@@ -514,7 +514,7 @@ describe('C8 blocks', () => {
   })
 
   it('A6 bounds the join of a block by `settleTimeout`: what is under way is cancelled, and the session goes on', async () => {
-    const main = wire.define({ pool: { max: 1 }, settleTimeout: 300 })
+    const main = wire.define({ pool: { max: 1 }, settleTimeout: 1000 })
     await newContext(async () => {
       const block = main.atomic(async function careless() {
         await main.db.query('insert into t values (1)')
@@ -524,7 +524,7 @@ describe('C8 blocks', () => {
         code: 'AMBIENT_SETTLE_TIMEOUT',
         outcome: 'rolled-back',
         database: 'main',
-        message: expect.stringContaining("still under way 300 ms after atomic block 'careless' had ended"),
+        message: expect.stringContaining("still under way 1000 ms after atomic block 'careless' had ended"),
       })
       expect(count('> cancel')).toBe(1)
       await main.db.query('insert into t values (2)')

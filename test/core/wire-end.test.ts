@@ -406,7 +406,7 @@ describe('S7', () => {
 })
 
 it('S7 destroys the connection of a statement without a transaction that the driver gave up waiting for', async () => {
-  const main = wire.define({ pool: { max: 1, query_timeout: 100 } })
+  const main = wire.define({ pool: { max: 1, query_timeout: 500 } })
   await newContext(
     async () => {
       expect((await failure(main.db.query('select pg_sleep(60)'))).message).toBe('Query read timeout')

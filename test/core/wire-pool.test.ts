@@ -124,7 +124,7 @@ describe('S11', () => {
   })
 
   it('S11 leaves the session idle, so that a later statement tries again', async () => {
-    const main = wire.define({ pool: { max: 1 }, acquireTimeout: 50 })
+    const main = wire.define({ pool: { max: 1 }, acquireTimeout: 500 })
     const [holding, release] = [gate(), gate()]
     const holder = newContext(async () => {
       await main.db.query('select 1')
@@ -145,7 +145,7 @@ describe('S11', () => {
   })
 
   it('S11 gives a connection back that comes after the wait was given up', async () => {
-    const main = wire.define({ pool: { max: 1 }, acquireTimeout: 50 })
+    const main = wire.define({ pool: { max: 1 }, acquireTimeout: 500 })
     const hold = gate()
     wire.proxy.at('< Z I', hold) // the greeting of a slow server
     expect(await failure(newContext(() => main.db.query('select 1')))).toMatchObject({
@@ -161,7 +161,7 @@ describe('S11', () => {
   })
 
   it('S11 survives a late connection that failed', async () => {
-    const main = wire.define({ pool: { max: 1 }, acquireTimeout: 50 })
+    const main = wire.define({ pool: { max: 1 }, acquireTimeout: 500 })
     const hold = gate()
     wire.proxy.at('< Z I', hold)
     expect(await failure(newContext(() => main.db.query('select 1')))).toMatchObject({

@@ -50,7 +50,7 @@ describe('a savepoint that cannot be made', () => {
   it.each(['reset', 'end', 'stall'] as const)(
     'S7 leaves the transaction to a new connection when it is lost by %s',
     async (how) => {
-      const main = wire.define({ pool: { max: 1, query_timeout: 200 } })
+      const main = wire.define({ pool: { max: 1, query_timeout: 1000 } })
       wire.proxy.at('> Q SAVEPOINT', how)
       let first: unknown
       const error = await failure(
@@ -145,7 +145,7 @@ describe('a savepoint that cannot be undone', () => {
   )
 
   it('S7 destroys the connection when no answer comes: a ROLLBACK would not overtake it', async () => {
-    const main = wire.define({ pool: { max: 1 }, settleTimeout: 200 })
+    const main = wire.define({ pool: { max: 1 }, settleTimeout: 1000 })
     wire.proxy.at('> Q ROLLBACK TO', 'stall')
     const error = await failure(
       newContext(async () => {
