@@ -507,7 +507,7 @@ class AmbientConnection<Connection> implements DatabaseConnection {
     let ended: Error | undefined
     const stream = await this.#statements.openStream((error) => {
       ended = error
-      close().then(() => stream.close(), stream.close)
+      if (rows) close().then(() => stream.close(), stream.close)
     }, this.block)
     const unlessLost = racing(stream.lost) // a dialect may wait for an answer that a lost connection never gives
     const close = async () => {
@@ -515,7 +515,9 @@ class AmbientConnection<Connection> implements DatabaseConnection {
     }
     let failure: unknown
     try {
-      rows = (await this.#wrap(stream.connection)).streamQuery<Row>(query, chunkSize)
+      const connection = await this.#wrap(stream.connection)
+      if (ended) throw ended
+      rows = connection.streamQuery<Row>(query, chunkSize)
       for (let next = await unlessLost(rows.next()); !next.done; next = await unlessLost(rows.next())) {
         yield next.value
         if (ended) throw ended

@@ -338,6 +338,31 @@ describe('streams', () => {
     expect(await texts()).toEqual(['one', 'two'])
   })
 
+  it('C8 are not begun when the work is aborted before they read', async () => {
+    const own = new Pool({ connectionString: database.url, max: 1 })
+    const abort = new AbortController()
+    const aborted = defineDatabase({
+      name: 'aborted',
+      adapter: kyselyAdapter<Tables>(
+        pgAdapter(() => own),
+        (ambient) =>
+          new PostgresDialect({ pool: ambient, cursor: Cursor, onCreateConnection: async () => abort.abort() }),
+      ),
+    })
+    await database.witness.rows("insert into notes (text) values ('there is a row')")
+    let rows = 0
+    const reading = newContext(
+      async () => {
+        for await (const _ of aborted.db.selectFrom('notes').select('id').stream(1)) rows++
+      },
+      { signal: abort.signal },
+    )
+    await expect(reading).rejects.toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+    await newContext(() => note('the connection is free', aborted.db))
+    expect(rows).toBe(0)
+    await aborted.shutdown()
+  })
+
   it('end by a signal, and the session goes on', async () => {
     await newContext(async () => {
       const controller = new AbortController()
