@@ -260,8 +260,11 @@ export class Transaction<Connection> {
       assertLive(this.root)
     } catch (error) {
       answered ||= lease.adapter.traits(error).reply === 'answered'
-      if (answered) await this.#cleanUp(lease, error)
-      else await this.#host.holder.release(lease, asError(error))
+      // A server that did not answer has not said that there is nothing any more.
+      this.#cleaning = answered
+        ? this.#rollBackOn(lease, error)
+        : this.#host.holder.release(lease, asError(error)).then(() => false)
+      await this.#cleaning
       throw error
     } finally {
       this.#beginning = undefined

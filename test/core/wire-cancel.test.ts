@@ -220,7 +220,9 @@ describe('C8 contexts', () => {
     const work = failure(newContext(() => main.db.query('insert into t values (1)'), { signal: abort.signal }))
     await trap.caught
     abort.abort()
-    expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED' })
+    const error = await work
+    expect(error).toMatchObject({ code: 'AMBIENT_ABORTED' })
+    expect(error.outcome).toBeUndefined() // the server did not say so
     hold.open()
     await expectNothingLeft(main)
     expect(wire.proxy.traffic.labels).not.toContain('> Q insert into t values (1)')
