@@ -4,6 +4,7 @@ import { Client, Pool, type PoolClient, types } from 'pg'
 import { type Adapter, callFactory, type NativeBlock, type Statements } from '../adapter.ts'
 import { bindCallback, bindEmitter } from '../context.ts'
 import { AmbientError } from '../errors.ts'
+import { LeasedTransaction } from '../leased.ts'
 import { controlRefused, parseTransactionControl, type TransactionControl, transactionModes } from '../sql.ts'
 import { postgresErrorTraits } from '../traits.ts'
 
@@ -477,8 +478,7 @@ class AmbientPool extends Pool {
 /** A client of the session: it holds no connection of its own, and its transactions are savepoints. */
 class AmbientClient extends EventEmitter {
   readonly #statements: Statements<PoolClient>
-  readonly #block: NativeBlock
-  #open = false
+  readonly #transaction: LeasedTransaction<PoolClient>
   readonly escapeIdentifier = Client.prototype.escapeIdentifier
   readonly escapeLiteral = Client.prototype.escapeLiteral
   readonly getTypeParser = types.getTypeParser
@@ -487,36 +487,17 @@ class AmbientClient extends EventEmitter {
   constructor(statements: Statements<PoolClient>) {
     super()
     this.#statements = statements
-    this.#block = statements.createBlock()
+    this.#transaction = new LeasedTransaction(statements)
     bindEmitter(this)
   }
 
   query(...args: unknown[]): unknown {
-    return query(this.#statements, args, this.#block, this)
+    return query(this.#statements, args, this.#transaction.block, this)
   }
 
   /** What transaction control does on a leased client. */
   async control(control: TransactionControl): Promise<unknown> {
-    const block = this.#block
-    if (control.kind === 'other' || (control.kind !== 'begin' && !this.#open))
-      throw controlRefused(this.#statements.name)
-    if (control.kind === 'begin') {
-      const before = this.#open
-      this.#open = true // from now on, for what is sent behind it without waiting
-      await block.begin(control.settings).catch((error) => {
-        this.#open = before
-        throw error
-      })
-    } else if (control.kind === 'commit' || control.kind === 'rollback') {
-      this.#open = false
-      await (control.kind === 'commit' ? block.commit() : block.rollback())
-    } else if (control.kind === 'savepoint') {
-      await block.savepoint(control.name)
-    } else if (control.kind === 'release') {
-      await block.releaseSavepoint(control.name)
-    } else {
-      await block.rollbackTo(control.name)
-    }
+    await this.#transaction.control(control)
     return { command: control.kind.toUpperCase(), rowCount: null, oid: null, fields: [], rows: [] }
   }
 
@@ -528,15 +509,10 @@ class AmbientClient extends EventEmitter {
     connection.once('drain', () => connection.off('notice', notice))
   }
 
-  /** Ends the lease; a transaction that is still open on it is rolled back. */
-  release = (): void => {
-    if (!this.#open) return
-    this.#open = false
-    void this.#block.rollback()
-  }
+  release = (): void => this.#transaction.release()
 
   getTransactionStatus(): 'T' | 'I' {
-    return this.#open ? 'T' : 'I'
+    return this.#transaction.open ? 'T' : 'I'
   }
 
   async end(): Promise<void> {

@@ -1,0 +1,49 @@
+import type { NativeBlock, Statements } from './adapter.ts'
+import { controlRefused, type TransactionControl } from './sql.ts'
+
+/** The transaction of a client that was leased from a session: its BEGIN … COMMIT is a savepoint of the session. */
+export class LeasedTransaction<Connection> {
+  readonly block: NativeBlock
+  readonly #statements: Statements<Connection>
+  #open = false
+
+  constructor(statements: Statements<Connection>) {
+    this.#statements = statements
+    this.block = statements.createBlock()
+  }
+
+  get open(): boolean {
+    return this.#open
+  }
+
+  /** Does what SQL of transaction control asks for. */
+  async control(control: TransactionControl): Promise<void> {
+    const { block } = this
+    if (control.kind === 'other' || (control.kind !== 'begin' && !this.#open))
+      throw controlRefused(this.#statements.name)
+    if (control.kind === 'begin') {
+      const before = this.#open
+      this.#open = true // from now on, for what is sent behind it without waiting
+      await block.begin(control.settings).catch((error) => {
+        this.#open = before
+        throw error
+      })
+    } else if (control.kind === 'commit' || control.kind === 'rollback') {
+      this.#open = false
+      await (control.kind === 'commit' ? block.commit() : block.rollback())
+    } else if (control.kind === 'savepoint') {
+      await block.savepoint(control.name)
+    } else if (control.kind === 'release') {
+      await block.releaseSavepoint(control.name)
+    } else {
+      await block.rollbackTo(control.name)
+    }
+  }
+
+  /** Ends the lease; a transaction that is still open on it is rolled back. */
+  release(): void {
+    if (!this.#open) return
+    this.#open = false
+    void this.block.rollback()
+  }
+}
