@@ -99,6 +99,12 @@ export interface Adapter<Handle, Engine, Connection> {
   /** Sends ROLLBACK, and resolves when the server answered it. Without a transaction (its BEGIN failed, say) it does no harm. */
   rollback(connection: Connection): Promise<unknown>
 
+  /**
+   * What the server said that the last ROLLBACK, or ROLLBACK TO SAVEPOINT, could not undo, if anything: tables without
+   * transactions (MySQL).
+   */
+  leftovers?(connection: Connection): string | undefined
+
   /** Sends SAVEPOINT. `name` is a plain identifier, unique in the transaction. */
   savepoint(connection: Connection, name: string): Promise<unknown>
 
@@ -118,10 +124,12 @@ export interface Adapter<Handle, Engine, Connection> {
   afterError?(connection: Connection): Promise<void>
 
   /**
-   * Asks the engine itself whether the transaction is still open, after a failed statement. Needed where a failed statement
-   * does not abort the transaction, but some end it (SQLite), and `transactionStatus` cannot tell.
+   * Asks the engine itself whether the transaction is still open, after a statement that failed with `error`. Needed where a
+   * failed statement does not abort the transaction, but some end it, and `transactionStatus` cannot tell. `'none'` means that
+   * the engine rolled the transaction back (SQLite, a deadlock of MySQL), `'ended'` that the statement may have committed it
+   * (MySQL's DDL, also where it fails).
    */
-  probeTransaction?(connection: Connection): Promise<'open' | 'none'>
+  probeTransaction?(connection: Connection, error: unknown): Promise<'open' | 'none' | 'ended'>
 
   /** Whether BEGIN without settings may be sent without waiting for its answer. Default is no. */
   mayPipelineBegin?(connection: Connection): boolean

@@ -23,6 +23,18 @@ function statementFailed(cause?: unknown): Failure {
   return { what: 'A statement failed.', cause, outcome: 'rolled-back' }
 }
 
+/** Marks what a ROLLBACK could not undo; returns whether there is anything. */
+export function failByLeftovers<Connection>(root: Level, { adapter, connection }: Lease<Connection>): boolean {
+  const leftovers = adapter.leftovers?.(connection)
+  if (leftovers === undefined) return false
+  root.failure = {
+    what: `Not everything was rolled back: ${leftovers}.`,
+    cause: root.failure?.cause,
+    outcome: 'unknown',
+  }
+  return true
+}
+
 /** Marks what an answer says about the transaction beyond the statement (S10). */
 export function failByStatus<Connection>(level: Level, { adapter, connection }: Lease<Connection>): void {
   const status = adapter.transactionStatus?.(connection)
@@ -42,13 +54,22 @@ export async function failByError<Connection>(level: Level, lease: Lease<Connect
   } else if (reply === 'answered') {
     await adapter.afterError?.(connection)
     if (!capabilities.failedStatementAborts) {
-      const status = await (adapter.probeTransaction ?? adapter.transactionStatus)?.(connection)
-      if (status !== 'none') return
-      level.root.failure ??= { what: 'The engine rolled the transaction back.', cause: error, outcome: 'rolled-back' }
+      const status = await probe(lease, error).catch((cause: unknown) => {
+        level.root.failure ??= { what: 'The engine could not be asked for the transaction.', cause }
+      })
+      const what = 'The engine rolled the transaction back.'
+      if (status === 'none') level.root.failure ??= { what, cause: error, outcome: 'rolled-back' }
+      else if (status === 'ended') level.root.failure ??= endedBehindBack(error)
     } else if (adapter.transactionStatus?.(connection) === 'none') {
       level.root.failure ??= endedBehindBack(error)
     } else {
       level.failure ??= statementFailed(error)
     }
   }
+}
+
+async function probe<Connection>({ adapter, connection }: Lease<Connection>, error: unknown) {
+  return adapter.probeTransaction
+    ? adapter.probeTransaction(connection, error)
+    : adapter.transactionStatus?.(connection)
 }

@@ -3,7 +3,7 @@ import { bounded } from './clock.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, attachCleanupError } from './errors.ts'
 import { type TransactionEvent, transactionChannel } from './events.ts'
-import { connectionLost, type Failure, failByError, failByStatus } from './failure.ts'
+import { connectionLost, type Failure, failByError, failByLeftovers, failByStatus } from './failure.ts'
 import type { Holder } from './holder.ts'
 import { dropHooks, moveHooks } from './hooks.ts'
 import type { Lane } from './lane.ts'
@@ -410,13 +410,13 @@ export class Transaction<Connection> {
     await this.stop(false) // a block inside that was cut off may be at its end
     if (this.#beginning) await this.root.opening?.catch(() => {}) // which rolls back by itself what has ended meanwhile
     const lease = this.#lease
-    const doubt = this.#doubt
     if (lease && this.opened) {
       this.#lease = undefined
-      if (doubt) attachCleanupError(error, doubt)
       await this.#cleanUp(lease, error)
     }
     const said = (await this.#cleaning) ?? true
+    const doubt = this.#doubt
+    if (doubt) attachCleanupError(error, doubt)
     return said && !doubt
   }
 
@@ -430,6 +430,7 @@ export class Transaction<Connection> {
     try {
       if (lease.lost) throw lease.lost
       await this.#wire.answer(this.#wire.bounded(lease.adapter.rollback(lease.connection)))
+      if (failByLeftovers(this.root, lease)) this.#told = false
       this.#publish('rolled-back', error)
     } catch (second) {
       attachCleanupError(error, second)
@@ -471,6 +472,7 @@ export class Transaction<Connection> {
       const lease = this.#lease
       if (level.opened && lease && !lease.lost && !this.root.failure && !hasEnded(level.parent)) {
         await this.#wire.answer(this.#wire.bounded(act(lease)))
+        if (failByLeftovers(this.root, lease)) this.#told = false
       }
     }
     try {
