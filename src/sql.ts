@@ -11,24 +11,30 @@ export type TransactionControl =
   | { readonly kind: 'rollback to'; readonly name: string }
   | { readonly kind: 'release'; readonly name: string }
 
-/** What may stand before a statement: space, comments, empty statements. */
-const leading = /^(?:[\s;]|--[^\n]*(?:\n|$)|\/\*(?:[^*]|\*(?!\/))*\*\/)+/
+/** What may stand before a statement: space, comments (but not those that MySQL executes), empty statements. */
+const leading = /^(?:[\s;]|(?:--|#)[^\n]*(?:\n|$)|\/\*(?!M?!)(?:[^*]|\*(?!\/))*\*\/)+/
 const candidate = /^(?:begin|start|commit|end|rollback|abort|savepoint|release)\b/i
 const noise = /(?:\s+(?:work|transaction))?(?:\s+and\s+no\s+chain)?$/
-const savepoint = /^(savepoint|rollback to|release)(?: savepoint)? (?:"([^"]+)"|(\w+))$/
+const savepoint = /^(savepoint|rollback to|release)(?: savepoint)? (?:(["`])([^"`]+)\2|(\w+))$/
 const modes =
   /^(?:isolation level (?:serializable|repeatable read|read committed|read uncommitted)|read only|read write|(?:not )?deferrable)$/
 
+/** The statement without what may stand before it. */
+export function withoutLeading(text: string): string {
+  return text.replace(leading, '')
+}
+
 /** Reads one statement of transaction control; `undefined` for any other SQL. `'other'` is control that a session cannot do. */
 export function parseTransactionControl(text: string): TransactionControl | undefined {
-  const start = text.replace(leading, '')
+  const start = withoutLeading(text)
   if (!candidate.test(start)) return undefined
   const sql = start.trim().replace(/\s*;$/, '').replace(/\s+/g, ' ')
   if (sql.includes(';')) return undefined
   const lower = sql.toLowerCase()
   const named = savepoint.exec(lower)
   if (named) {
-    const name = named[2] === undefined ? (named[3] as string) : (/"([^"]+)"/.exec(sql)?.[1] as string) // one of both matched
+    const quoted = /["`]([^"`]+)["`]$/.exec(sql)?.[1] // its case counts
+    const name = quoted ?? (named[4] as string) // one of both matched
     return { kind: named[1] as 'savepoint' | 'rollback to' | 'release', name }
   }
   const verb = lower.replace(noise, '')

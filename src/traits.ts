@@ -13,6 +13,24 @@ export function postgresErrorTraits(error: unknown): ErrorTraits {
   return { reply: doubtful ? 'unanswered' : 'answered', retryable: code === '40001' || code === '40P01' }
 }
 
+/** The connection goes away, perhaps after the work was done: shutdown, killed (MariaDB, MySQL), idle for too long. */
+const mysqlFarewells = [1053, 1927, 3169, 4031]
+/** Lock wait timeout, and a row that has changed since the snapshot (MariaDB). Deadlocks have SQLSTATE 40001. */
+const mysqlConflicts = [1205, 1020]
+
+/** Reads an error of a MySQL or MariaDB server, as mysql2 throws it; anything without errno and SQLSTATE is none. */
+export function mysqlErrorTraits(error: unknown): ErrorTraits {
+  const { errno, sqlState } = (error ?? {}) as { errno?: unknown; sqlState?: unknown }
+  if (typeof errno !== 'number' || typeof sqlState !== 'string') {
+    const lost = error instanceof Error && error.message === "Can't add new command when connection is in closed state"
+    // An error of the client's may come in the middle of an answer: that it was never sent shows only where it is thrown at once.
+    return lost ? { reply: 'unsent', retryable: false, lost } : { reply: 'unanswered', retryable: false }
+  }
+  const doubtful = mysqlFarewells.includes(errno) || sqlState.startsWith('08')
+  const retryable = mysqlConflicts.includes(errno) || sqlState === '40001'
+  return { reply: doubtful ? 'unanswered' : 'answered', retryable }
+}
+
 const sqliteBusy = 5
 
 /** Reads an error of SQLite, as `node:sqlite` and better-sqlite3 throw it. */
