@@ -11,6 +11,7 @@ import {
   type KyselyPlugin,
   type TransactionSettings as KyselySettings,
   type LogConfig,
+  MysqlAdapter,
   PostgresAdapter,
   type QueryCompiler,
   type QueryResult,
@@ -28,7 +29,7 @@ import { detach } from '../context.ts'
 import { type AmbientDatabase, statementsOf } from '../database.ts'
 import { AmbientError } from '../errors.ts'
 import { controlRefused, parseTransactionControl } from '../sql.ts'
-import { notFromServer, postgresErrorTraits, sqliteErrorTraits } from '../traits.ts'
+import { mysqlErrorTraits, notFromServer, postgresErrorTraits, sqliteErrorTraits } from '../traits.ts'
 
 /** Options of a Kysely handle. */
 export interface KyselyOptions {
@@ -169,9 +170,13 @@ function handleOverPool<Tables>(
   let made: Parts | undefined
   const parts = () => {
     if (made) return made
-    const lending = new Proxy(pool as object, {
-      get: (target, key) => (key === 'connect' ? async () => lent : Reflect.get(target, key)),
-    })
+    // Whichever way a dialect takes a connection from its pool (pg, mysql2), it gets the one that is lent.
+    const ways: Record<PropertyKey, unknown> = {
+      connect: async () => lent,
+      getConnection: (callback: (error: null, connection: unknown) => void) => callback(null, lent),
+    }
+    const lending = new Proxy(pool as object, { get: (target, key) => ways[key] ?? Reflect.get(target, key) })
+    ways.pool = lending // of a promise pool: the pool with callbacks
     const own = dialect(lending)
     const adapter = own.createAdapter()
     made = takeApart(
@@ -227,7 +232,9 @@ function overDialect<Tables>(
       ? sqliteErrorTraits
       : parts?.adapter instanceof PostgresAdapter
         ? postgresErrorTraits
-        : notFromServer
+        : parts?.adapter instanceof MysqlAdapter
+          ? mysqlErrorTraits
+          : notFromServer
 
   return {
     capabilities: (engine) => capabilitiesOf(byEngine.get(engine) as Parts), // set by createEngine
@@ -249,9 +256,17 @@ function overDialect<Tables>(
       byConnection.set(connection, { ...(byEngine.get(engine) as Parts), release }) // set by createEngine
       return connection
     },
-    async release(_engine, connection, broken) {
-      const { driver, release } = partsOf(connection)
+    async release(engine, connection, broken) {
+      const { adapter, driver, release } = partsOf(connection)
       if (!broken) return release()
+      if (adapter instanceof MysqlAdapter && connection.killSession) {
+        const control: ControlConnectionProvider = (consumer) => engine.getExecutor().provideConnection(consumer)
+        void connection
+          .killSession(control)
+          .catch(() => {})
+          .finally(release) // its driver discards nothing by itself
+        return
+      }
       // A driver discards a connection on which ROLLBACK fails, so it is shown a failure; one that does not discard it gets
       // it back when ROLLBACK is answered, which a statement that still runs may hold up for long.
       const discard = async () => {
@@ -302,7 +317,8 @@ function overDialect<Tables>(
       const parts = partsOf(connection)
       await parts.driver.releaseSavepoint?.(connection, name, compile(parts))
     },
-    async probeTransaction(connection) {
+    async probeTransaction(connection, error) {
+      if (partsOf(connection).adapter instanceof MysqlAdapter) return probeMysql(connection, error)
       // BEGIN inside a transaction fails and does no harm; if it succeeds, the engine had ended the transaction.
       try {
         await connection.executeQuery(CompiledQuery.raw('begin'))
@@ -323,6 +339,17 @@ function overDialect<Tables>(
   }
 }
 
+/** MySQL keeps a savepoint only inside a transaction. */
+async function probeMysql(connection: DatabaseConnection, error: unknown): Promise<'open' | 'none' | 'ended'> {
+  await connection.executeQuery(CompiledQuery.raw('savepoint ambient_probe'))
+  try {
+    await connection.executeQuery(CompiledQuery.raw('release savepoint ambient_probe'))
+    return 'open'
+  } catch {
+    return mysqlErrorTraits(error).retryable ? 'none' : 'ended'
+  }
+}
+
 /** The connection as it looks when it is broken. */
 function failing(connection: DatabaseConnection, error: Error): DatabaseConnection {
   return new Proxy(connection, {
@@ -336,12 +363,12 @@ function failing(connection: DatabaseConnection, error: Error): DatabaseConnecti
 
 /** What is known of a dialect; of an unknown one the conservative set. */
 function capabilitiesOf({ adapter, driver }: Parts): Capabilities {
-  const known = adapter instanceof PostgresAdapter || adapter instanceof SqliteAdapter
+  const goesOn = adapter instanceof SqliteAdapter || adapter instanceof MysqlAdapter
   return {
     savepoints: driver.savepoint !== undefined && driver.rollbackToSavepoint !== undefined,
-    streaming: known,
+    streaming: goesOn || adapter instanceof PostgresAdapter,
     cancelling: false,
-    failedStatementAborts: !(adapter instanceof SqliteAdapter),
+    failedStatementAborts: !goesOn,
     transactionStatus: false,
     pipelining: false,
     lossDetection: false,
