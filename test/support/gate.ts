@@ -1,4 +1,6 @@
+import { createConnection } from 'mysql2/promise'
 import { Client } from 'pg'
+import type { MysqlDatabase } from './mysql.ts'
 
 /** A point that code waits at until the test lets it pass. */
 export interface Gate {
@@ -44,5 +46,27 @@ export async function databaseGate(url: string): Promise<DatabaseGate> {
       ended ??= client.end()
       return ended
     },
+  }
+}
+
+/** The same on MySQL, where it is a row that is locked. */
+export async function mysqlGate(
+  database: MysqlDatabase,
+): Promise<DatabaseGate & { /** Whether a statement waits there. */ waiting(): Promise<boolean> }> {
+  const id = ++keys
+  await database.witness.rows('create table if not exists gates (id int primary key)')
+  await database.witness.rows('insert into gates values (?)', [id])
+  const keeper = await createConnection(new URL('/mysql', database.url).href) // not one of those of the database
+  await keeper.beginTransaction()
+  await keeper.query(`select id from ${database.name}.gates where id = ? for update`, [id])
+  const sql = `select id from gates where id = ${id} lock in share mode`
+  let ended: Promise<void> | undefined
+  return {
+    sql,
+    open: () => {
+      ended ??= keeper.end()
+      return ended
+    },
+    waiting: async () => (await database.backends()).some(({ query }) => query === sql),
   }
 }

@@ -12,7 +12,6 @@ export interface MysqlBackend {
   readonly state: string | null
   /** The statement that runs. */
   readonly query: string | null
-  readonly inTransaction: boolean
   /** The port of the client's socket. */
   readonly clientPort: number
 }
@@ -48,11 +47,8 @@ export async function createMysqlDatabase(): Promise<MysqlDatabase> {
   }
   const backends = () =>
     rows<MysqlBackend>(
-      `select p.id, p.command, p.state, p.info as query, t.trx_id is not null as inTransaction,
-              cast(substring_index(p.host, ':', -1) as unsigned) as clientPort
-         from information_schema.processlist p
-         left join information_schema.innodb_trx t on t.trx_mysql_thread_id = p.id
-        where p.db = ? and p.id <> connection_id() order by p.id`,
+      `select id, command, state, info as query, cast(substring_index(host, ':', -1) as unsigned) as clientPort
+         from information_schema.processlist where db = ? and id <> connection_id() order by id`,
       [name],
     )
   const kill = (id: number) => killOn(client, id)

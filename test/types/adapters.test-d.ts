@@ -9,8 +9,11 @@ import {
 } from 'ambient-db'
 import { type AdapterHarness, adapterSuite } from 'ambient-db/conformance'
 import { kyselyAdapter, kyselyHandle } from 'ambient-db/kysely'
+import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
-import { type Generated, type Kysely, PostgresDialect, SqliteDialect } from 'kysely'
+import { type Generated, type Kysely, MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
+import { createPool as createCallbackPool } from 'mysql2'
+import { createPool, type Pool as MysqlPool, type RowDataPacket } from 'mysql2/promise'
 import { Pool, type PoolConfig, type QueryResult } from 'pg'
 import { describe, expectTypeOf, it } from 'vitest'
 
@@ -35,10 +38,20 @@ const onDialect = defineDatabase({
   adapter: kyselyAdapter<Tables>(() => new SqliteDialect({ database: { close() {}, prepare: () => never() } })),
 })
 declare function never(): never
+const onMysql = defineDatabase({ name: 'main', adapter: mysql2Adapter(() => createPool({})) })
+const onKyselyMysql = defineDatabase({
+  name: 'main',
+  adapter: kyselyAdapter<Tables>(
+    mysql2Adapter(() => createPool({})),
+    (pool) => new MysqlDialect({ pool }),
+  ),
+})
 
 describe('handles', () => {
   it('have exactly the type of the library', () => {
     expectTypeOf(onPg.db).toEqualTypeOf<Pool>()
+    expectTypeOf(onMysql.db).toEqualTypeOf<MysqlPool>()
+    expectTypeOf(onKyselyMysql.db).toEqualTypeOf<Kysely<Tables>>()
     expectTypeOf(onKysely.db).toEqualTypeOf<Kysely<Tables>>()
     expectTypeOf(onDialect.db).toEqualTypeOf<Kysely<Tables>>()
     expectTypeOf(kyselyHandle<Tables>(onPg, (pool) => new PostgresDialect({ pool }))).toEqualTypeOf<Kysely<Tables>>()
@@ -54,6 +67,8 @@ describe('handles', () => {
     expectTypeOf(users).returns.resolves.toEqualTypeOf<{ id: number; name: string }[]>()
     const rows = () => onPg.db.query<{ n: number }>('select 1 as n')
     expectTypeOf(rows).returns.resolves.toEqualTypeOf<QueryResult<{ n: number }>>()
+    const found = () => onMysql.db.query<({ n: number } & RowDataPacket)[]>('select 1 as n')
+    expectTypeOf(found).returns.resolves.toHaveProperty(0).toEqualTypeOf<({ n: number } & RowDataPacket)[]>()
   })
 
   it('know the tables', () => {
@@ -67,6 +82,7 @@ describe('handles', () => {
 describe('connect()', () => {
   it('gives the engine that the factory made', () => {
     expectTypeOf(onPg.connect).returns.resolves.toEqualTypeOf<Pool>()
+    expectTypeOf(onMysql.connect).returns.resolves.toEqualTypeOf<MysqlPool>()
     const own = defineDatabase({ name: 'own', adapter: pgAdapter(async () => new OwnPool()) })
     expectTypeOf(own.connect).returns.resolves.toEqualTypeOf<OwnPool>()
     expectTypeOf(own.db).toEqualTypeOf<Pool>()
@@ -94,6 +110,8 @@ describe('adapters', () => {
     pgAdapter(() => ({}) satisfies PoolConfig)
     // @ts-expect-error a factory, so that nothing is opened at import
     pgAdapter(new Pool())
+    // @ts-expect-error the pool with promises, not the one with callbacks
+    mysql2Adapter(() => createCallbackPool({}))
     // @ts-expect-error a driver needs a dialect over its pool
     kyselyAdapter<Tables>(pgAdapter(() => new Pool()))
     // @ts-expect-error a dialect, not a Kysely

@@ -1,0 +1,47 @@
+import { readFileSync } from 'node:fs'
+import { DatabaseSync } from 'node:sqlite'
+import { kyselyAdapter } from 'ambient-db/kysely'
+import { mysql2Adapter } from 'ambient-db/mysql2'
+import { pgAdapter } from 'ambient-db/pg'
+import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
+import { createPool } from 'mysql2/promise'
+import { Pool, type PoolConfig } from 'pg'
+import { expect, it } from 'vitest'
+import type { Adapter, Capabilities } from '../../src/adapter.ts'
+import { forKysely } from '../support/sqlite.ts'
+
+/** Engines that connect to nothing; each has a row in the table of the documentation. */
+const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
+  '`pgAdapter`': () => pgAdapter(() => new Pool()),
+  '`pgAdapter`, pool with `pipeline: true`': () => pgAdapter(() => new Pool({ pipeline: true } as PoolConfig)),
+  '`mysql2Adapter`': () => mysql2Adapter(() => createPool({})),
+  '`kyselyAdapter` over a `PostgresDialect`': () => kyselyAdapter(() => new PostgresDialect({ pool: new Pool() })),
+  '`kyselyAdapter` over a `MysqlDialect`': () => kyselyAdapter(() => new MysqlDialect({ pool: createPool({}).pool })),
+  '`kyselyAdapter` over a `SqliteDialect`': () =>
+    kyselyAdapter(() => new SqliteDialect({ database: forKysely(new DatabaseSync(':memory:')) })),
+}
+
+const [head, , ...rows] = readFileSync('docs/adapters.md', 'utf8')
+  .split('\n')
+  .filter((line) => line.startsWith('|'))
+  .map((line) =>
+    line
+      .split('|')
+      .slice(1, -1)
+      .map((cell) => cell.trim()),
+  )
+const [, ...names] = head as string[]
+
+it.each(Object.entries(adapters))('the table shows the capabilities of %s', async (name, make) => {
+  const adapter = make()
+  const engine = await adapter.createEngine(undefined)
+  const capabilities = adapter.capabilities(engine)
+  const shown = rows.find(([first]) => first === name)?.slice(1)
+  expect([...names].sort()).toEqual(Object.keys(capabilities).sort())
+  expect(shown).toEqual(names.map((each) => (capabilities[each as keyof Capabilities] ? 'yes' : 'no')))
+  await adapter.closeEngine(engine)
+})
+
+it('the table has no row of an adapter that is none', () => {
+  expect(rows.map(([name]) => name)).toEqual(Object.keys(adapters))
+})
