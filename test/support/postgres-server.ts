@@ -4,7 +4,8 @@ import { chmod, chown, cp, mkdtemp, readFile, rm, symlink } from 'node:fs/promis
 import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
-import { freePort, launch, onFreePort, type User } from './server-process.ts'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { freePort, launch, onFreePort, requestRestart, type User } from './server-process.ts'
 
 /** A PostgreSQL server of our own, or the one that `DATABASE_URL` names. */
 export interface PostgresServer {
@@ -20,6 +21,11 @@ export interface StartedPostgres extends PostgresServer {
   /** What the server logs: statements that failed, connections that were lost. */
   readonly logFile: string
   readonly dataDirectory: string
+  /**
+   * Ends the server and starts it again, on the same port and data; resolves when it takes connections. `'shutdown'` writes
+   * everything to disk first, `'crash'` nothing: what was not there yet is lost.
+   */
+  restart(how: 'shutdown' | 'crash'): Promise<void>
 }
 
 export interface PostgresOptions {
@@ -77,10 +83,11 @@ async function startOnce({ settings = {} }: PostgresOptions): Promise<StartedPos
       `${name}=${value}`,
     ])
     const command = [join(binaries, 'postgres'), '-D', dataDirectory, ...parameters]
-    const isReady = () => isReadyIn(dataDirectory)
+    const isReady = async () => (await readState(dataDirectory)).status === 'ready'
     const stop = await launch({ name: 'PostgreSQL', command, user, directory, logFile, isReady, stopBy: 'INT' })
     const url = `postgres://postgres:${postgresPassword}@127.0.0.1:${port}/postgres`
-    return { url, port, logFile, dataDirectory, stop }
+    const restart = (how: 'shutdown' | 'crash') => restartIn(directory, dataDirectory, how)
+    return { url, port, logFile, dataDirectory, restart, stop }
   } catch (error) {
     await rm(directory, { recursive: true, force: true })
     throw error
@@ -144,11 +151,20 @@ async function restoreLinks(native: string): Promise<void> {
   }
 }
 
+async function restartIn(directory: string, dataDirectory: string, how: 'shutdown' | 'crash'): Promise<void> {
+  const before = await readState(dataDirectory)
+  await requestRestart(directory)
+  process.kill(before.pid, how === 'shutdown' ? 'SIGINT' : 'SIGQUIT')
+  for (const deadline = Date.now() + 30_000; ; await sleep(20)) {
+    const { pid, status } = await readState(dataDirectory)
+    if (pid !== before.pid && (status === 'ready' || status === 'standby')) return
+    if (Date.now() > deadline) throw new Error('PostgreSQL was not ready again within 30 seconds.')
+  }
+}
+
 /** The same sign that `pg_ctl --wait` looks for. */
-async function isReadyIn(dataDirectory: string): Promise<boolean> {
-  const lines = await readFile(join(dataDirectory, 'postmaster.pid'), 'utf8').then(
-    (text) => text.split('\n'),
-    () => [],
-  )
-  return lines[7]?.trim() === 'ready'
+async function readState(dataDirectory: string): Promise<{ pid: number; status: string | undefined }> {
+  const text = await readFile(join(dataDirectory, 'postmaster.pid'), 'utf8').catch(() => '')
+  const lines = text.split('\n')
+  return { pid: Number(lines[0]), status: lines[7]?.trim() }
 }

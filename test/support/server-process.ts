@@ -1,6 +1,7 @@
 import { spawn } from 'node:child_process'
-import { open, rm } from 'node:fs/promises'
+import { open, rm, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 
 export interface User {
@@ -26,15 +27,21 @@ interface ServerProcess {
 /**
  * Runs a server until its standard input ends, then shuts it down and removes its files. The pipe ends with the
  * process that holds it, however that process ends: a crash leaves neither a server nor a directory behind.
+ * A server that ends while there is a file `restart` in its directory is started again.
  */
 const supervisor = `
 signal=$1; directory=$2; shift 2
 command -v setpriv >/dev/null && set -- setpriv --pdeathsig "$signal" "$@"
 exec 3<&0
-"$@" </dev/null 3<&- & server=$!
-{ cat; kill -"$signal" $server; } <&3 >/dev/null 2>&1 &
-exec 3<&-
-wait $server; status=$?
+while
+  "$@" </dev/null 3<&- & server=$!
+  { cat; kill -"$signal" $server; } <&3 >/dev/null 2>&1 & stopper=$!
+  wait $server; status=$?
+  [ -e "$directory/restart" ]
+do
+  rm -f "$directory/restart"
+  kill $stopper
+done
 rm -rf "$directory"
 exit $status
 `
@@ -86,6 +93,11 @@ export async function launch(server: ServerProcess): Promise<() => Promise<void>
   } finally {
     await log.close()
   }
+}
+
+/** Has the server of this directory started again when it ends. */
+export async function requestRestart(directory: string): Promise<void> {
+  await writeFile(join(directory, 'restart'), '')
 }
 
 /** A port that nothing listens on, for the moment. */
