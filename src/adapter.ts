@@ -32,6 +32,11 @@ export interface Capabilities {
   /** The loss of a checked-out connection is noticed while it is idle (an error listener is attached). */
   readonly lossDetection: boolean
   /**
+   * What became of a transaction whose COMMIT got no answer can be looked up ({@link Adapter.identifyTransaction},
+   * {@link Adapter.lookUpTransaction}).
+   */
+  readonly commitLookup: boolean
+  /**
    * The engine has one connection, hence one transaction at a time: sessions wait for each other in JavaScript. Its connection may be
    * the engine itself.
    */
@@ -55,6 +60,9 @@ export interface ErrorTraits {
    */
   readonly busy?: boolean
 }
+
+/** What a server says of a transaction that was to be committed; `'pending'`: not yet, ask again. */
+export type CommitStatus = 'committed' | 'rolled-back' | 'pending' | 'unknown'
 
 /**
  * How one library's connections, transactions and handle work. An adapter is naive: it does what it is told, once, on the
@@ -131,8 +139,26 @@ export interface Adapter<Handle, Engine, Connection> {
    */
   probeTransaction?(connection: Connection, error: unknown): Promise<'open' | 'none' | 'ended'>
 
-  /** Whether BEGIN without settings may be sent without waiting for its answer. Default is no. */
+  /** Whether BEGIN without settings, and a statement, may be sent without waiting for the answer. Default is no. */
   mayPipelineBegin?(connection: Connection): boolean
+
+  /**
+   * Asks the server, inside the transaction, for what {@link Adapter.lookUpTransaction} finds it by; `undefined` where it has none,
+   * because nothing was written yet. A transaction that only reads must not come to write by it. What it resolves with stands in no
+   * error and no log, and must hold no secret all the same.
+   */
+  identifyTransaction?(connection: Connection): Promise<string | undefined>
+
+  /**
+   * Asks once what became of a transaction, by a connection of its own to the server that `engine` connects to: outside the limits
+   * of the engine, and also after it was closed. Nothing of the connection is left when it settles, which it does soon after
+   * `signal` has fired. Rejects where the server does not answer.
+   *
+   * `'committed'` and `'rolled-back'` are final, and said only of this very transaction: where the server cannot show that `id` has
+   * not come to mean another one, or has forgotten it, the answer is `'unknown'`. While the transaction may still commit, or the
+   * server is about to become another, it is `'pending'`.
+   */
+  lookUpTransaction?(engine: Engine, id: string, signal: AbortSignal): Promise<CommitStatus>
 
   /** Asks the server to cancel the statement that runs on `connection`, over another connection. Must not wait for the statement. */
   cancel?(engine: Engine, connection: Connection): Promise<void>

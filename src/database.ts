@@ -44,6 +44,12 @@ export interface DatabaseOptions<Handle, Engine, Connection> {
   readonly blockTimeout?: number | undefined
   /** Milliseconds for what is under way at the end, and for the answer to COMMIT or ROLLBACK. Default is `30_000`. */
   readonly settleTimeout?: number | undefined
+  /**
+   * Lets `resolve()` of an `AMBIENT_COMMIT_UNKNOWN` find out what became of the work, where the engine can tell (PostgreSQL 13 and
+   * newer, by `pgAdapter`). Costs one more round trip before each COMMIT, or on a pool with `pipeline: true` a query that travels
+   * with the statements; transactions that begin `readOnly` cost nothing. Default is `false`.
+   */
+  readonly resolvable?: boolean | undefined
   /** Captures stacks, so that errors can say where an earlier act happened. Default is whether `AMBIENT_DB_TRACE=1` is set. */
   readonly trace?: boolean | undefined
 }
@@ -118,6 +124,7 @@ export interface DatabaseCore<Connection> {
   readonly acquireTimeout: number
   readonly blockTimeout: number
   readonly settleTimeout: number
+  readonly resolvable: boolean
   readonly trace: boolean
   readonly engines: Engines<Connection>
   /** Sessions that are not closed. */
@@ -166,6 +173,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   readonly acquireTimeout: number
   readonly blockTimeout: number
   readonly settleTimeout: number
+  readonly resolvable: boolean
   readonly trace: boolean
   readonly engines: Engines<Connection>
   readonly sessions = new Set<Session<Connection>>()
@@ -183,6 +191,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     this.acquireTimeout = options.acquireTimeout ?? 30_000
     this.blockTimeout = options.blockTimeout ?? 10_000
     this.settleTimeout = options.settleTimeout ?? 30_000
+    this.resolvable = options.resolvable ?? false
     this.trace = options.trace ?? process.env.AMBIENT_DB_TRACE === '1'
     this.#transaction = options.transaction ?? {}
     this.engines = new Engines(options.adapter as Adapter<unknown, unknown, Connection>, this, options.host) // used with its own engines only

@@ -50,7 +50,7 @@ export class Ending<Connection> {
     return said
   }
 
-  /** Runs the beforeCommit hooks that are due, each in a block of its own (K1). */
+  /** Runs the beforeCommit hooks that are due, each in a block of its own (K1); then asks what a lost COMMIT is found again by. */
   prepare(): Promise<true> | undefined {
     const { transaction } = this.#session
     const { root } = transaction
@@ -61,7 +61,7 @@ export class Ending<Connection> {
       transaction.prepared = true
       if (ownHook) due.unshift(() => ownHook(this.#session))
     }
-    return due.length > 0 ? this.#runBeforeCommit(due) : undefined
+    return due.length > 0 ? this.#runBeforeCommit(due) : transaction.identify()
   }
 
   async #runBeforeCommit(hooks: Hook[]): Promise<true> {

@@ -1,4 +1,4 @@
-import type { Adapter, Capabilities } from './adapter.ts'
+import type { Adapter, Capabilities, CommitStatus } from './adapter.ts'
 import { bounded } from './clock.ts'
 import { bindCallback, detach, outside } from './context.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
@@ -53,6 +53,13 @@ export class Lease<Connection> {
     }
     this.#onRelease()
     return undefined
+  }
+
+  /** What asks for the fate of the transaction that `id` stands for. It keeps the engine, not the connection. */
+  lookupOf(id: string): (signal: AbortSignal) => Promise<CommitStatus> {
+    const { adapter } = this
+    const engine = this.#engine
+    return async (signal) => (await adapter.lookUpTransaction?.(engine, id, signal)) ?? 'unknown'
   }
 
   /** The connection is of no use any more; the first error says why. */

@@ -1,6 +1,18 @@
 /** What the database is known to have done when an error was thrown. */
 export type Outcome = 'rolled-back' | 'unknown' | 'partial'
 
+/** What is found out about a COMMIT whose answer never came. */
+export type CommitOutcome = 'committed' | 'rolled-back' | 'unknown'
+
+/** Options of {@link AmbientError.resolve}. */
+export interface ResolveOptions {
+  /** Milliseconds to keep asking while the server is away or has not decided yet. Default is `30_000`. */
+  readonly timeout?: number | undefined
+}
+
+/** How {@link AmbientError.resolve} finds out. */
+export type Resolve = (options?: ResolveOptions) => Promise<CommitOutcome>
+
 /**
  * Every code, with what to do about it. The text of an error is: what happened (from the place that throws), then this.
  * Each code has a section in `docs/errors.md` and a test that provokes it.
@@ -15,7 +27,7 @@ export const catalogue = {
     '`beforeSession` runs before the session it prepares can exist: use another database, or the engine from `connect()`.',
   AMBIENT_BLOCK_ENDED: 'Await everything that a block starts before it returns.',
   AMBIENT_COMMIT_UNKNOWN:
-    'COMMIT was sent and its answer never came: the work is either committed or not. Look it up before doing it again; it is never retried for you.',
+    'COMMIT was sent and its answer never came: the work is either committed or not. Find out before doing it again, by `resolve()` of this error or by what was written; it is never retried for you.',
   AMBIENT_CONTEXT_ENDED:
     'Await all work before the context ends, or give late work a context of its own with `newContext(work)`.',
   AMBIENT_HOST_MISSING:
@@ -69,6 +81,7 @@ interface ErrorDetails {
   readonly statusCode?: number | undefined
   readonly databases?: DatabaseOutcomes | undefined
   readonly cause?: unknown
+  readonly resolve?: Resolve | undefined
 }
 
 const brand = Symbol.for('ambient-db.error')
@@ -89,6 +102,21 @@ export class AmbientError extends Error {
   readonly statusCode: number | undefined
   /** With `AMBIENT_PARTIAL_COMMIT`: which databases committed and which did not. */
   readonly databases: DatabaseOutcomes | undefined
+  /**
+   * With `AMBIENT_COMMIT_UNKNOWN`: asks the server, once it is back, what became of the transaction. (`AMBIENT_PARTIAL_COMMIT` has
+   * that error as its `cause` if the outcome of a database is unknown.)
+   *
+   * `'committed'`: all of it is there. `'rolled-back'`: nothing of it is there, and never will be. `'unknown'`: that cannot be found
+   * out, because the database is not `resolvable` (an option of `defineDatabase`), the engine has no such question, the
+   * transaction had written nothing, the server does not answer or decide within `timeout`, or it has crashed or was replaced, so
+   * that its answer could be about another transaction.
+   *
+   * It asks by a connection of its own, to the host where COMMIT was sent, also after `changeHost` and `shutdown`. It changes
+   * nothing: the session goes on as before, no hook runs, and nothing is sent again. May be called several times.
+   *
+   * @throws `AMBIENT_INVALID_ARGUMENT` for a `timeout` that is no number of milliseconds; never because of the server.
+   */
+  declare readonly resolve?: Resolve | undefined
 
   constructor(code: AmbientErrorCode, what: string, details: ErrorDetails = {}) {
     const subject = details.database === undefined ? '' : `Database '${details.database}': `
@@ -99,6 +127,11 @@ export class AmbientError extends Error {
     this.outcome = details.outcome
     this.statusCode = details.statusCode
     this.databases = details.databases
+    if (details.resolve) {
+      Object.defineProperty(this, 'resolve', { value: details.resolve })
+      // It is kept for later, and until a stack is read it keeps the objects of its calls alive: sessions, connections.
+      for (const each of [this, details.cause]) if (each instanceof Error) void each.stack
+    }
   }
 }
 

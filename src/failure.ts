@@ -13,6 +13,11 @@ export function connectionLost(cause: unknown): Failure {
   return { what: 'The connection was lost before COMMIT was sent.', cause }
 }
 
+/** COMMIT was not sent, because it could not have been looked up. */
+export function notIdentified(cause: unknown): Failure {
+  return { what: 'The server did not give the id that `resolvable` asks for.', cause, outcome: 'rolled-back' }
+}
+
 function endedBehindBack(cause?: unknown): Failure {
   const what =
     'The transaction was ended behind the back of the session (COMMIT or ROLLBACK in SQL, or a statement that commits by itself): earlier work may be committed.'

@@ -2,6 +2,7 @@ export type { AbortOptions } from './abortion.ts'
 export type {
   Adapter,
   Capabilities,
+  CommitStatus,
   ErrorTraits,
   NativeBlock,
   OpenStream,
@@ -14,7 +15,14 @@ export type { AmbientContext, ContextOptions, ContextState } from './context.ts'
 export { detach, hasContext, newContext, openContext } from './context.ts'
 export type { AmbientDatabase, DatabaseHooks, DatabaseOptions, NewSessionOptions } from './database.ts'
 export { defineDatabase } from './database.ts'
-export type { AmbientErrorCode, DatabaseOutcomes, Outcome } from './errors.ts'
+export type {
+  AmbientErrorCode,
+  CommitOutcome,
+  DatabaseOutcomes,
+  Outcome,
+  Resolve,
+  ResolveOptions,
+} from './errors.ts'
 export { AmbientError, isAmbientError } from './errors.ts'
 export type { AmbientEvents, ContextEvent, SessionEvent, TransactionEvent } from './events.ts'
 export type { Hook } from './hooks.ts'

@@ -113,6 +113,10 @@ export class Session<Connection>
     return this.owner.settleTimeout ?? this.database.settleTimeout
   }
 
+  get resolvable(): boolean {
+    return this.database.resolvable
+  }
+
   get closed(): boolean {
     return this.#closed !== undefined
   }

@@ -23,7 +23,7 @@ export interface Participant {
   quiet(bound: Bound): Promise<void>
   /** Rejects what is queued; refuses what comes from now on. */
   fence(): void
-  /** Verifies that the transaction can commit and runs the beforeCommit hooks, if there are any. */
+  /** Verifies that the transaction can commit, and does what is due before COMMIT, if anything is: then it is called again. */
   prepare(): Promise<true> | undefined
   commitAtEnd(): Promise<void>
   /** Awaits (or cancels) what is on the wire; resolves with whether the server said that it rolled back. */

@@ -3,11 +3,13 @@ import { bounded } from './clock.ts'
 import type { Lease } from './engine.ts'
 import { AmbientError, attachCleanupError } from './errors.ts'
 import { type TransactionEvent, transactionChannel } from './events.ts'
-import { connectionLost, type Failure, failByError, failByLeftovers, failByStatus } from './failure.ts'
+import { connectionLost, type Failure, failByError, failByLeftovers, failByStatus, notIdentified } from './failure.ts'
 import type { Holder } from './holder.ts'
 import { dropHooks, moveHooks } from './hooks.ts'
+import { Identity } from './identity.ts'
 import type { Lane } from './lane.ts'
 import { assertLive, hasEnded, Level } from './level.ts'
+import { resolver } from './resolution.ts'
 import { happened } from './trace.ts'
 import { retryBusy, Wire } from './wire.ts'
 
@@ -18,6 +20,8 @@ export interface TransactionHost<Connection> {
   readonly name: string
   readonly acquireTimeout: number
   readonly settleTimeout: number
+  /** What becomes of a lost COMMIT is to be found out. */
+  readonly resolvable: boolean
   readonly holder: Holder<Connection>
   /** Something is committed, or may be, that a rollback of this transaction does not undo. */
   mayHaveCommitted(): void
@@ -46,6 +50,8 @@ export class Transaction<Connection> {
   /** The connection that BEGIN was sent on. */
   #beginning: Lease<Connection> | undefined
   #savepoints = 0
+  /** Absent where it is not asked for. */
+  readonly #identity: Identity<Connection> | undefined
   #startedAt = 0
   /** Somebody was refused because of its failure. */
   #told = false
@@ -57,6 +63,7 @@ export class Transaction<Connection> {
     this.#wire = new Wire(host)
     this.autocommit = options === 'autocommit'
     this.settings = options === 'autocommit' ? {} : options
+    this.#identity = host.resolvable ? new Identity() : undefined
   }
 
   get opened(): boolean {
@@ -151,7 +158,7 @@ export class Transaction<Connection> {
     try {
       const running = statement(lease.connection)
       unsent = false
-      const result = await this.#wire.answer(running)
+      const result = await this.#wire.answer(this.#identityOn(lease)?.follow(running, lease) ?? running)
       if (this.#begun) await this.#checkBegin('unknown')
       failByStatus(level, lease)
       return result
@@ -177,6 +184,7 @@ export class Transaction<Connection> {
     if (this.#begun) await this.#checkBegin()
     const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
     if (alone) this.#host.mayHaveCommitted()
+    this.#identity?.sent()
     this.#wire.stream = ended
     this.#lease = lease
     const lost = new Promise<never>((_, reject) => {
@@ -357,6 +365,31 @@ export class Transaction<Connection> {
     level.failure ??= { what: 'A block that had joined it threw.', cause: error }
   }
 
+  /** Asks what the transaction can be found again by if the answer to COMMIT is lost, unless that is known. */
+  identify(): Promise<true> | undefined {
+    const lease = this.#lease
+    const identity = lease && this.opened ? this.#identityOn(lease) : undefined
+    return lease && identity?.due ? this.#identify(identity, lease) : undefined
+  }
+
+  async #identify(identity: Identity<Connection>, lease: Lease<Connection>): Promise<true> {
+    try {
+      await this.#wire.answer(this.#wire.bounded(identity.ask(lease)))
+      return true
+    } catch (error) {
+      const answered = lease.adapter.traits(error).reply === 'answered'
+      if (!answered) lease.lose(asError(error))
+      else await lease.adapter.afterError?.(lease.connection)
+      this.root.failure ??= answered ? notIdentified(error) : connectionLost(error)
+      throw this.#aborted(this.root.failure)
+    }
+  }
+
+  /** A transaction that can only read leaves nothing to look for. */
+  #identityOn({ capabilities }: Lease<Connection>): Identity<Connection> | undefined {
+    return capabilities.commitLookup && this.settings.readOnly !== true ? this.#identity : undefined
+  }
+
   /**
    * Sends COMMIT. The transaction has ended whatever comes of it, except that one which cannot commit is left for a rollback.
    *
@@ -369,6 +402,7 @@ export class Transaction<Connection> {
     this.assertUsable(this.root) // it may have been ended meanwhile
     const lease = this.#lease
     if (!lease || !this.opened) return
+    const id = this.#identity?.id
     const commit = () => this.#wire.bounded(lease.adapter.commit(lease.connection))
     try {
       const answer = await this.#wire.answer(retryBusy(commit, lease, this.#host.acquireTimeout))
@@ -393,6 +427,7 @@ export class Transaction<Connection> {
         database: this.#host.name,
         outcome: 'unknown',
         cause: error,
+        resolve: resolver(id === undefined ? undefined : lease.lookupOf(id)),
       })
       this.#publish('unknown', unknown)
       await this.#host.holder.release(lease, asError(error))

@@ -372,6 +372,7 @@ function capabilitiesOf({ adapter, driver }: Parts): Capabilities {
     transactionStatus: false,
     pipelining: false,
     lossDetection: false,
+    commitLookup: false,
     singleConnection: adapter.supportsMultipleConnections === false,
   }
 }

@@ -59,6 +59,7 @@ export function mysql2Adapter<Engine extends Pool>(
       pipelining: false,
       lossDetection: true,
       singleConnection: false,
+      commitLookup: false,
     }),
     async createEngine(host) {
       const pool = await callFactory(factory, host)

@@ -5,6 +5,7 @@ import { type Adapter, callFactory, type NativeBlock, type Statements } from '..
 import { bindCallback, bindEmitter } from '../context.ts'
 import { AmbientError } from '../errors.ts'
 import { LeasedTransaction } from '../leased.ts'
+import { identifyTransaction, lookUpTransaction } from '../postgres-lookup.ts'
 import { controlRefused, parseTransactionControl, type TransactionControl, transactionModes } from '../sql.ts'
 import { postgresErrorTraits } from '../traits.ts'
 
@@ -53,6 +54,7 @@ export function pgAdapter<Engine extends Pool>(
       transactionStatus: true,
       pipelining: pool.options.pipeline === true,
       lossDetection: true,
+      commitLookup: true,
       singleConnection: false,
     }),
     async createEngine(host) {
@@ -103,6 +105,9 @@ export function pgAdapter<Engine extends Pool>(
     afterError: (client) => ready(client),
     mayPipelineBegin: (client) => client.pipeline === true,
     cancel: (_pool, client) => requestCancel(client),
+    identifyTransaction: (client) => identifyTransaction((sql) => client.query(sql)),
+    lookUpTransaction: (pool, id, signal) =>
+      withClient(pool, signal, (client) => lookUpTransaction((sql, values) => client.query(sql, values), id)),
     traits: postgresErrorTraits,
     createHandle(statements) {
       const pool = new AmbientPool(statements, () => latest)
@@ -138,8 +143,8 @@ function watchClient(client: PoolClient): Watch {
 }
 
 /** The socket of a client; pg-pool destroys it in the same way. */
-function socketOf(client: PoolClient): { destroy(): void } {
-  return (client as PoolClient & { connection: { stream: { destroy(): void } } }).connection.stream // not in the types of pg
+function socketOf(client: Client | PoolClient): { destroy(): void } {
+  return (client as typeof client & { connection: { stream: { destroy(): void } } }).connection.stream // not in the types of pg
 }
 
 /** An error arrives before the ReadyForQuery behind it, which tells the status of the transaction. */
@@ -153,6 +158,27 @@ function ready(client: PoolClient): Promise<void> {
     }
     client.on('drain', done).on('end', done)
   })
+}
+
+/** Runs `work` on a client that connects as those of the pool do, and is none of them; the end of `signal` is its end. */
+async function withClient<Result>(
+  pool: Pool,
+  signal: AbortSignal,
+  work: (client: Client) => Promise<Result>,
+): Promise<Result> {
+  const { Client: Made } = pool as Pool & { Client: typeof Client } // not in the types of pg
+  const client = new Made(pool.options) // not a copy: what is secret in them is not enumerable
+  const destroy = () => socketOf(client).destroy()
+  client.on('error', () => {}) // whoever waits for an answer gets it
+  signal.addEventListener('abort', destroy, { once: true })
+  try {
+    signal.throwIfAborted()
+    await client.connect()
+    return await work(client)
+  } finally {
+    await client.end()
+    signal.removeEventListener('abort', destroy)
+  }
 }
 
 /** The protocol's cancel request: a connection of its own, which the server closes once the signal was sent. */

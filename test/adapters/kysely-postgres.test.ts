@@ -22,7 +22,7 @@ const overPool: PostgresSubject<Kysely<Tables>> = {
 
 const overDialect: PostgresSubject<Kysely<Tables>> = {
   ...kyselyOperations,
-  capabilities: { cancelling: false, transactionStatus: false, lossDetection: false },
+  capabilities: { cancelling: false, transactionStatus: false, lossDetection: false, commitLookup: false },
   define(pool, options) {
     const dialect = (host?: string) => new PostgresDialect({ pool: pool(host), cursor: Cursor })
     const factory = options.host === undefined ? () => dialect() : (host: string) => dialect(host)

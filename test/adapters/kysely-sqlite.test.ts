@@ -86,6 +86,7 @@ async function sqliteHarness(open: (file: string) => Opened): Promise<SqliteHarn
       transactionStatus: false,
       pipelining: false,
       lossDetection: false,
+      commitLookup: false,
       singleConnection: true,
     },
     define({ connections: _, ...options } = {}) {

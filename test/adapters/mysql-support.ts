@@ -15,6 +15,7 @@ const mysqlCapabilities: Capabilities = {
   pipelining: false,
   lossDetection: true,
   singleConnection: false,
+  commitLookup: false,
 }
 
 /** What a harness for MySQL needs to know of one library. */

@@ -25,6 +25,7 @@ const postgresCapabilities: Capabilities = {
   transactionStatus: true,
   pipelining: false,
   lossDetection: true,
+  commitLookup: true,
   singleConnection: false,
 }
 

@@ -142,3 +142,33 @@ it('C4 keeps no chain of contexts that were started in each other after their en
     `),
   ).toEqual([])
 })
+
+/** A database whose COMMIT is done and not answered, because the connection is lost, and its error, which is kept. */
+const keptError = `
+  const real = pgAdapter(() => new Pool({ connectionString: process.env.TEST_URL, max: 1 }))
+  const commit = async (connection) => {
+    watch('connection', connection)
+    await real.commit(connection)
+    connection.connection.stream.destroy()
+    return real.commit(connection)
+  }
+  const other = defineDatabase({ name: 'other', adapter: { ...real, commit }, resolvable: true })
+  const warmUp = async () => {
+    await other.db.query('select 1')
+    throw new Error('rolled back')
+  }
+  await newContext(warmUp).catch(() => {}) // pg-pool keeps the call that made a client as long as the client
+  globalThis.kept = await newContext(async () => {
+    watch('session', other.session())
+    watch('handle', other.session().db)
+    await other.db.query('select pg_current_xact_id()')
+  }).catch((error) => error)
+  watch('engine', await other.connect())
+  await other.shutdown()
+`
+
+it('C4 lets an error that can still be resolved keep the engine alone, and nothing once it was', async () => {
+  expect(await aliveAfter(keptError)).toEqual(['engine'])
+  const resolved = `if (await kept.resolve() !== 'committed') throw kept`
+  expect(await aliveAfter(`${keptError}; ${resolved}`)).toEqual([])
+})
