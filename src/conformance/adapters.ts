@@ -3,7 +3,7 @@ import { setImmediate as nextTurn } from 'node:timers/promises'
 import type { Capabilities } from '../adapter.ts'
 import { detach, newContext, openContext } from '../context.ts'
 import type { AmbientDatabase, DatabaseOptions } from '../database.ts'
-import { type AmbientError, type AmbientErrorCode, isAmbientError } from '../errors.ts'
+import { type AmbientError, type AmbientErrorCode, type CommitOutcome, isAmbientError } from '../errors.ts'
 
 /** Options of a database under test. */
 export interface HarnessOptions<Handle = unknown>
@@ -81,6 +81,8 @@ export interface AdapterHarness<Handle = unknown> {
   endBehindTheBack?(handle: Handle): Promise<unknown>
   /** Makes a gate. */
   gate?(): Promise<GateProbe<Handle>>
+  /** Makes a gate that a transaction waits at while it commits, if it has passed a statement: that one does not wait. */
+  gateAtCommit?(): Promise<GateProbe<Handle>>
   /** Changes a row through a handle: a conflict, if `changeElsewhere` changed it after the transaction's first read. */
   change?(handle: Handle, id: number): Promise<unknown>
   /**
@@ -92,6 +94,8 @@ export interface AdapterHarness<Handle = unknown> {
   kill?(): Promise<unknown>
   /** Has the answer to the next COMMIT lost on its way, and the connection with it. */
   loseCommit?(): unknown
+  /** Has the connection cut at the next COMMIT, before it reaches the database, or when it was passed on. */
+  cutAtCommit?(when: 'before' | 'after'): unknown
   /** Has the connection cut at the next BEGIN, so many times. */
   cutAtBegin?(times: number): unknown
 }
@@ -631,6 +635,7 @@ const sessions: AdapterCase[] = [
     },
     operation('loseCommit'),
   ),
+  ...lookups(),
   rule('S6 refuses a session that was closed, and the next one is new', async (t) => {
     await newContext(async () => {
       const session = t.main.session()
@@ -1009,6 +1014,115 @@ const streams: AdapterCase[] = [
     await t.committed(1, 2, 3, 4)
   }),
 ].map((each) => restricted(each, capability('streaming'), operation('stream')))
+
+/** What `resolve()` finds out about a COMMIT without an answer. */
+function lookups(): AdapterCase[] {
+  const unknown = async (t: Trial, id: number, lose: (harness: AdapterHarness) => unknown) => {
+    const work = newContext(async () => {
+      await t.insert(id)
+      lose(t.harness)
+    })
+    return refusal('AMBIENT_COMMIT_UNKNOWN', work)
+  }
+  const loseAnswer = (harness: AdapterHarness) => harness.loseCommit?.()
+  const looksUp = [capability('commitLookup'), operation('loseCommit')]
+  return [
+    rule(
+      'S5 resolve() finds that work is there of which only the answer was lost',
+      async (t) => {
+        t.use({ resolvable: true })
+        const error = await unknown(t, 1, loseAnswer)
+        assert.equal(await error.resolve?.(), 'committed')
+        await t.committed(1)
+      },
+      ...looksUp,
+    ),
+    rule(
+      'S5 resolve() finds that work is gone whose COMMIT never arrived',
+      async (t) => {
+        t.use({ resolvable: true })
+        const error = await unknown(t, 1, (harness) => harness.cutAtCommit?.('before'))
+        assert.equal(await error.resolve?.(), 'rolled-back')
+        await t.committed()
+      },
+      capability('commitLookup'),
+      operation('cutAtCommit'),
+    ),
+    rule(
+      'S5 resolve() waits for a COMMIT that is still under way, and says nothing before',
+      async (t) => {
+        t.use({ resolvable: true })
+        const gate = await t.harness.gateAtCommit?.()
+        assert(gate)
+        const work = newContext(async () => {
+          await t.insert(1)
+          await gate.pass(t.main.db)
+          t.harness.cutAtCommit?.('after')
+        })
+        let resolved: Promise<CommitOutcome> | undefined
+        try {
+          const error = await refusal('AMBIENT_COMMIT_UNKNOWN', work)
+          await gate.reached()
+          assert.equal(await error.resolve?.({ timeout: 200 }), 'unknown')
+          resolved = error.resolve?.()
+        } finally {
+          await gate.open()
+        }
+        assert.equal(await resolved, 'committed')
+        await t.committed(1)
+      },
+      capability('commitLookup'),
+      operation('cutAtCommit'),
+      operation('gateAtCommit'),
+    ),
+    rule(
+      'S5 D4 resolve() needs no free connection, and no engine that is open',
+      async (t) => {
+        t.use({ resolvable: true, connections: 1 })
+        const [one, two] = [await unknown(t, 1, loseAnswer), await unknown(t, 2, loseAnswer)]
+        const [inside, finish] = [latch(), latch()]
+        const holder = newContext(async () => {
+          await t.insert(3)
+          inside.open()
+          await finish.passed
+        })
+        await inside.passed
+        const outcome = await one.resolve?.({ timeout: 5000 })
+        const { open } = t
+        finish.open()
+        await holder
+        assert.deepEqual([outcome, open], ['committed', 1])
+        await t.main.shutdown()
+        assert.equal(await two.resolve?.(), 'committed')
+        await t.committed(1, 2, 3)
+      },
+      ...looksUp,
+    ),
+    rule(
+      'S5 resolve() does not say that a transaction committed which has written nothing',
+      async (t) => {
+        t.use({ resolvable: true })
+        const work = newContext(async () => {
+          await t.ids()
+          loseAnswer(t.harness)
+        })
+        const error = await refusal('AMBIENT_COMMIT_UNKNOWN', work)
+        assert.equal(await error.resolve?.(), 'unknown')
+      },
+      ...looksUp,
+    ),
+    rule(
+      'S5 resolve() says unknown where nothing can be looked up, or nobody asked for it',
+      async (t) => {
+        if (!t.harness.capabilities.commitLookup) t.use({ resolvable: true })
+        const error = await unknown(t, 1, loseAnswer)
+        assert.equal(await error.resolve?.(), 'unknown')
+        await t.committed(1)
+      },
+      operation('loseCommit'),
+    ),
+  ]
+}
 
 function stream({ harness, main }: Trial): AsyncIterable<number> {
   assert(harness.stream)

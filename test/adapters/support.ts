@@ -1,9 +1,15 @@
 import type { AmbientDatabase } from 'ambient-db'
-import { type AdapterHarness, adapterSuite, type EngineProbe, type HarnessOptions } from 'ambient-db/conformance'
+import {
+  type AdapterHarness,
+  adapterSuite,
+  type EngineProbe,
+  type GateProbe,
+  type HarnessOptions,
+} from 'ambient-db/conformance'
 import { Pool, type PoolConfig } from 'pg'
 import { it } from 'vitest'
 import type { Capabilities } from '../../src/adapter.ts'
-import { databaseGate, until } from '../support/gate.ts'
+import { type DatabaseGate, databaseGate, until } from '../support/gate.ts'
 import type { TestDatabase } from '../support/postgres.ts'
 import { startProxy, type WireProxy } from '../support/proxy.ts'
 
@@ -78,8 +84,29 @@ export async function postgresHarness<Handle>(
   const { rows } = database.witness
   await rows('create table items (id int primary key, n int not null default 0)')
   await rows('create table orphans (item int references items deferrable initially deferred)')
+  await rows(`create table gates (key int);
+    create function pass_gate() returns trigger language plpgsql as
+      'begin perform pg_advisory_xact_lock_shared(new.key); return null; end';
+    create constraint trigger gate after insert on gates deferrable initially deferred
+      for each row execute function pass_gate()`)
   const wire = await startProxy(database.url)
   let probes: PoolProbe[] = []
+  const probe = ({ key, open }: DatabaseGate, pass: GateProbe<Handle>['pass']): GateProbe<Handle> => {
+    const waiting = async () => {
+      const locks = await rows(
+        `select 1 from pg_locks join pg_database on pg_database.oid = database
+          where datname = current_database() and locktype = 'advisory' and objid = $1 and not granted`,
+        [key],
+      )
+      return locks.length > 0
+    }
+    return {
+      pass,
+      reached: () => until(waiting, 'a statement at the gate'),
+      left: () => until(async () => !(await waiting()), 'the gate to be left'),
+      open,
+    }
+  }
   const { capabilities, query, define, ...operations } = subject
   return {
     ...operations,
@@ -113,15 +140,12 @@ export async function postgresHarness<Handle>(
     change: (handle, id) => query(handle, 'update items set n = n + 1 where id = $1', [id]),
     changeElsewhere: (id) => rows('update items set n = n + 1 where id = $1', [id]),
     async gate() {
-      const { sql, open } = await databaseGate(database.url)
-      const waiting = async () =>
-        (await database.backends()).some((each) => each.query === sql && each.state === 'active')
-      return {
-        pass: (handle) => query(handle, sql),
-        reached: () => until(waiting, 'a statement at the gate'),
-        left: () => until(async () => !(await waiting()), 'the gate to be left'),
-        open,
-      }
+      const gate = await databaseGate(database.url)
+      return probe(gate, (handle) => query(handle, gate.sql))
+    },
+    async gateAtCommit() {
+      const gate = await databaseGate(database.url)
+      return probe(gate, (handle) => query(handle, 'insert into gates values ($1)', [gate.key]))
     },
     async kill() {
       const gates = "application_name <> 'gate'"
@@ -131,6 +155,7 @@ export async function postgresHarness<Handle>(
       await until(() => probes.every(({ living }) => living === 0), 'the clients to notice')
     },
     loseCommit: () => wire.at('< C COMMIT', 'reset'),
+    cutAtCommit: (when) => wire.at(/^> [QP] commit/i, 'reset', { when }),
     cutAtBegin: (times) => wire.at(/^> [QP] (?:begin|start)/i, 'reset', { times }),
   }
 }

@@ -28,6 +28,7 @@ export async function until(condition: () => boolean | Promise<boolean>, what = 
 
 /** A gate at the database: `select pg_advisory_xact_lock_shared(key)` waits there until it opens. */
 export interface DatabaseGate {
+  readonly key: number
   readonly sql: string
   open(): Promise<void>
 }
@@ -41,6 +42,7 @@ export async function databaseGate(url: string): Promise<DatabaseGate> {
   await client.query('select pg_advisory_lock($1)', [key])
   let ended: Promise<void> | undefined
   return {
+    key,
     sql: `select pg_advisory_xact_lock_shared(${key})`,
     open: () => {
       ended ??= client.end()
