@@ -18,6 +18,8 @@ export interface Library<Handle = unknown, Engine = unknown, Connection = unknow
     /** A stream whose connection is cut waits for ever: Kysely waits for the answer to the close of its cursor. */
     readonly streams?: true
   }
+  /** What became of a COMMIT without an answer can be found out: each is, and the answer is judged like any other. */
+  readonly resolvable?: true
   adapter(pool: () => Pool): Adapter<Handle, Engine, Connection>
   execute(db: Handle, sql: string, parameters: unknown[]): Promise<unknown>
   /** The rows of table `numbers`, a few at a time. */
@@ -33,6 +35,7 @@ interface Tables {
 const pg: Library<Pool> = {
   name: 'pg',
   limits: {},
+  resolvable: true,
   adapter: pgAdapter,
   execute: (db, sql, parameters) => db.query(sql, parameters),
   stream: (db) => db.query(new QueryStream('select n from numbers', [], { batchSize: 10 })),
@@ -65,6 +68,7 @@ const dialect = (pool: Pool) => new PostgresDialect({ pool, cursor: Cursor })
 const kyselyOverPg: Library<Kysely<Tables>> = {
   name: 'kysely-pg',
   limits: {},
+  resolvable: true,
   adapter: (pool) => kyselyAdapter<Tables>(pgAdapter(pool), dialect),
   ...kyselyHandles,
 }

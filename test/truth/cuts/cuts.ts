@@ -82,6 +82,8 @@ async function runLibrary(
       boundaries: uncut.reduce((sum, { boundaries }) => sum + boundaries.length, 0),
       'wrong outcomes': count(results, 'wrong outcome'),
       unknowns: results.filter(({ unknowns }) => unknowns > 0).length,
+      resolved: results.filter(({ resolved }) => resolved > 0).length,
+      unresolved: count(results, 'unresolved'),
       'not justified': count(results, 'unjustified unknown', 'missed unknown'),
       uncaught: count(results, 'uncaught'),
       'lost slots': count(results, 'lost slot'),

@@ -46,6 +46,8 @@ export interface Result {
   readonly declared: Violation[]
   /** Errors that said that the outcome is unknown. */
   readonly unknowns: number
+  /** How many of them were found out. */
+  readonly resolved: number
   readonly summary: string
   readonly boundaries: Boundary[]
 }
@@ -143,6 +145,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
       violate('lost slot', `pool not full after ${recoveryBound} ms: ${describe(failure)}`)
       break
     }
+    await stage.resolve()
     stage.judge(await rowsOf(run))
 
     const closed = await within(stage.shutdown(), 2000)
@@ -160,7 +163,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
       ...{ id: idOf(subject), library: library.name, unit: unit.name, boundaries },
       violations: violations.filter((each) => !isDeclared(each)),
       declared: violations.filter(isDeclared),
-      ...{ unknowns: stage.unknowns, summary: stage.summary() },
+      ...{ unknowns: stage.unknowns, resolved: stage.resolved, summary: stage.summary() },
     }
   }
 

@@ -19,7 +19,8 @@ export interface Mutant {
 /** An adapter that knows of a failed statement only what COMMIT is answered. */
 const blind: Mutate = (adapter) => {
   const { transactionStatus: _, ...rest } = adapter
-  return { ...rest, capabilities: (engine) => ({ ...adapter.capabilities(engine), failedStatementAborts: false }) }
+  const not = { failedStatementAborts: false, commitLookup: false }
+  return { ...rest, capabilities: (engine) => ({ ...adapter.capabilities(engine), ...not }) }
 }
 
 /** Not a fault: what `blind` does not see is found at COMMIT. Shows that the first mutant is caught for the tag alone. */
@@ -75,6 +76,19 @@ export const mutants: readonly Mutant[] = [
     units: ['one write'],
     labels: /^< C (?:INSERT|BEGIN)/i,
     shows: 'uncaught',
+  },
+  {
+    name: 'lies about what it looks up',
+    mutate: (adapter) => ({
+      ...adapter,
+      lookUpTransaction: async (engine, id, signal) => {
+        const status = await adapter.lookUpTransaction?.(engine, id, signal)
+        return status === 'committed' ? 'rolled-back' : status === 'rolled-back' ? 'committed' : 'unknown'
+      },
+    }),
+    units: ['one write', 'manual commit'],
+    labels: /^(?:< C|> [QP]) COMMIT/i,
+    shows: 'wrong outcome',
   },
   {
     name: 'sends COMMIT again',

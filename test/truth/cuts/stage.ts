@@ -23,12 +23,15 @@ interface Claim {
   readonly verdict: Verdict
   /** Who said so. */
   readonly by: string
+  /** What was thrown, if it says that nothing is known. */
+  readonly error?: unknown
 }
 
 export interface Violation {
   readonly kind:
     | 'wrong outcome'
     | 'unjustified unknown'
+    | 'unresolved'
     | 'missed unknown'
     | 'uncaught'
     | 'lost slot'
@@ -66,6 +69,8 @@ export class Stage {
   readonly #reported = new Set<unknown>()
   readonly #unknowns = new Set<unknown>()
   readonly violations: Violation[] = []
+  /** Outcomes that were unknown and were found out. */
+  resolved = 0
 
   constructor(options: StageOptions) {
     this.#options = options
@@ -95,7 +100,8 @@ export class Stage {
       ...pool,
     }
     const adapter = mutate(library.adapter(() => new Pool(config)))
-    const database = defineDatabase({ name, adapter, ...timeouts, onHookError: () => {} })
+    const { resolvable } = library
+    const database = defineDatabase({ name, adapter, resolvable, ...timeouts, onHookError: () => {} })
     this.#defined.set(name, database)
     return database
   }
@@ -138,7 +144,8 @@ export class Stage {
       const mine = named()
       const first = !this.#reported.has(error)
       this.#reported.add(error)
-      this.#claim(mine, (database) => (first ? this.#verdict(error, database) : 'gone'), `${by}: ${describe(error)}`)
+      const verdict = (database: DatabaseName) => (first ? this.#verdict(error, database) : 'gone')
+      this.#claim(mine, verdict, `${by}: ${describe(error)}`, error)
       throw error
     }
   }
@@ -158,10 +165,10 @@ export class Stage {
 
   rolledBack = (by: string, labels: Labels): void => this.#claim(labels, () => 'gone', by)
 
-  #claim(labels: Labels, verdict: (database: DatabaseName) => Verdict, by: string): void {
+  #claim(labels: Labels, verdict: (database: DatabaseName) => Verdict, by: string, error?: unknown): void {
     const byDatabase = (Array.isArray(labels) ? { main: labels } : labels) as Record<string, readonly string[]>
     for (const [database, list] of Object.entries(byDatabase) as [DatabaseName, readonly string[]][]) {
-      this.#claims.push({ database, labels: list, verdict: verdict(database), by })
+      this.#claims.push({ database, labels: list, verdict: verdict(database), by, error })
     }
   }
 
@@ -212,6 +219,22 @@ export class Stage {
     if (open > this.#unknowns.size) {
       this.#violate('missed unknown', `${open} COMMITs without an answer, ${this.#unknowns.size} were told of`)
     }
+  }
+
+  /** Has every unknown outcome of work found out; what is said then is a claim like any other. */
+  async resolve(): Promise<void> {
+    const open = this.#claims.filter(({ verdict, labels }) => verdict === 'unknown' && labels.length > 0)
+    await Promise.all(open.map((claim) => this.#resolve(claim)))
+  }
+
+  async #resolve({ database, labels, error, by }: Claim): Promise<void> {
+    const unknown = isAmbientError(error, 'AMBIENT_PARTIAL_COMMIT') ? error.cause : error
+    if (!this.#options.library.resolvable || !isAmbientError(unknown, 'AMBIENT_COMMIT_UNKNOWN')) return
+    const outcome = (await unknown.resolve?.({ timeout: 5000 })) ?? 'unknown'
+    if (outcome === 'unknown') return this.#violate('unresolved', `resolve() could not find out: ${by}`)
+    this.resolved++
+    const verdict = outcome === 'committed' ? 'there' : 'gone'
+    this.#claims.push({ database, labels, verdict, by: `resolve() of ${by}` })
   }
 
   /** Uses all connections of all pools at the same time. */
