@@ -182,7 +182,14 @@ export class Transaction<Connection> {
       lane.assertMaySend()
     }
     if (this.#begun) await this.#checkBegin()
-    const lease = alone ? await this.#acquire() : (this.#lease as Lease<Connection>)
+    const taken = alone ? await this.#acquire() : undefined
+    try {
+      this.assertUsable(level) // what it belongs to may have ended in between
+    } catch (error) {
+      if (taken) await this.#host.holder.release(taken)
+      throw error
+    }
+    const lease = taken ?? (this.#lease as Lease<Connection>) // an open level has one
     if (alone) this.#host.mayHaveCommitted()
     this.#identity?.sent()
     this.#wire.stream = ended

@@ -399,6 +399,47 @@ describe('S9', () => {
   })
 })
 
+describe('S9 C4 C8 opens no stream on a connection that goes back', () => {
+  const boom = new Error('boom')
+  for (const way of ['throws', 'is aborted'] as const) {
+    for (const [where, message] of [
+      ['a context', '< C BEGIN'],
+      ['a block', '< C BEGIN'],
+      ['a nested block', '< C SAVEPOINT'],
+      ['a context without transactions', '< R'],
+    ] as const) {
+      it(`S9 C4 C8 when ${where} ${way} before the first answer`, async () => {
+        const main = wire.define({ pool: { max: 1 } })
+        const held = gate()
+        const answer = wire.proxy.at(message, held)
+        const controller = new AbortController()
+        const work = async () => {
+          main.db.query(stream()).on('error', () => {})
+          await answer.caught
+          if (way === 'throws') throw boom
+          controller.abort()
+          await new Promise(() => {})
+        }
+        const outer = async () => {
+          await main.db.query('insert into t values (1)')
+          await main.atomic(work)
+        }
+        const works = { 'a block': () => main.atomic(work), 'a nested block': () => main.atomic(outer) }
+        const transaction = where === 'a context without transactions' ? ('autocommit' as const) : undefined
+        const unit = newContext(works[where as keyof typeof works] ?? work, { signal: controller.signal, transaction })
+        const error = failure(unit)
+        await answer.caught
+        held.open()
+        if (way === 'throws') expect(await error).toBe(boom)
+        else expect(await error).toMatchObject({ code: 'AMBIENT_ABORTED' })
+        await newContext(() => main.db.query('insert into t values (2)'))
+        expect(await wire.ids()).toEqual([2])
+        expect(isFree(await main.connect())).toBe(true)
+      })
+    }
+  }
+})
+
 describe('S12', () => {
   /** A database whose only socket was opened by another context than the one that then uses it. */
   async function warm(how: 'session' | 'raw') {
