@@ -51,20 +51,26 @@ export interface Unit {
   seal(): void
 }
 
-/** Joins, fences, runs the hooks and commits every session (C4, C5, C6). On any failure before a COMMIT all are rolled back. */
+/**
+ * Joins, fences, runs the hooks and commits every session (C4, C5, C6). On any failure before a COMMIT all are rolled back. An
+ * abort is one until the first COMMIT is sent; after that the others follow it, for half of the work is what nobody asked for.
+ */
 export async function commitAll(unit: Unit): Promise<void> {
   try {
     await join(unit)
     unit.fence()
     const preparing = prepareAll(unit)
     if (preparing) await preparing
-    if (unit.abortion) throw unit.abortion
   } catch (error) {
     await rollbackAll(unit, error)
     throw error
   }
   const committed: string[] = []
   for (const session of unit.participants()) {
+    if (unit.abortion && committed.length === 0) {
+      await rollbackAll(unit, unit.abortion)
+      throw unit.abortion
+    }
     const wrote = session.inTransaction
     try {
       await session.commitAtEnd()

@@ -613,6 +613,51 @@ describe('several databases', () => {
     await expect(ending).rejects.toMatchObject({ code: '23503' })
   })
 
+  it('C6 C8 commits the rest though its signal fires after the first COMMIT', async () => {
+    const { seen, one, two, last } = three()
+    const committing = await databaseGate(database.url)
+    const key = Number(/\d+/.exec(committing.sql)?.[0])
+    const abort = new AbortController()
+    const ending = newContext(
+      async () => {
+        await insert(one, 1)
+        await one.db.query('insert into slow (key) values ($1)', [key])
+        await insert(two, 2)
+        await insert(last, 3)
+        return 'done'
+      },
+      { signal: abort.signal },
+    )
+    await until(async () => (await backendOf('one'))?.query === 'COMMIT')
+    abort.abort()
+    await committing.open()
+    expect(await ending).toBe('done')
+    expect(await ids()).toEqual([1, 2, 3])
+    expect(seen.slice(3)).toEqual(['one afterCommit', 'two afterCommit', 'three afterCommit'])
+  })
+
+  it('C6 C8 rolls back the rest though its signal came meanwhile, when the first COMMIT fails', async () => {
+    const { seen, one, two } = three()
+    const committing = await databaseGate(database.url)
+    const key = Number(/\d+/.exec(committing.sql)?.[0])
+    const abort = new AbortController()
+    const ending = newContext(
+      async () => {
+        await insert(one, 1)
+        await one.db.query('insert into slow (key) values ($1)', [key])
+        await insertOrphan(one)
+        await insert(two, 2)
+      },
+      { signal: abort.signal },
+    )
+    await until(async () => (await backendOf('one'))?.query === 'COMMIT')
+    abort.abort()
+    await committing.open()
+    await expect(ending).rejects.toMatchObject({ code: '23503' })
+    expect(await ids()).toEqual([])
+    expect(seen.filter((each) => each.includes('after'))).toEqual(['one afterRollback', 'two afterRollback'])
+  })
+
   it('C6 gives the connection back of a session that lost it while another one committed', async () => {
     const { one, two, last } = three()
     const committing = await databaseGate(database.url)

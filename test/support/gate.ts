@@ -64,6 +64,7 @@ export async function mysqlGate(
   const sql = `select id from gates where id = ${id} lock in share mode`
   let ended: Promise<void> | undefined
   return {
+    key: id,
     sql,
     open: () => {
       ended ??= keeper.end()
