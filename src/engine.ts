@@ -71,22 +71,42 @@ export class Lease<Connection> {
 
   /** Ends the statement that runs: cancels it on the server, else destroys the connection. Resolves when `wire` has settled. */
   interrupt(wire: Promise<unknown>): Promise<void> {
-    this.#interruption = this.#interrupt(wire)
+    this.#interruption = Promise.resolve(this.#interruption).then(() => this.#interrupt(wire))
+    return this.#interruption
+  }
+
+  /** Resolves when no cancel request is on its way any more; absent if none was sent. */
+  get interruption(): Promise<void> | undefined {
     return this.#interruption
   }
 
   async #interrupt(wire: Promise<unknown>): Promise<void> {
-    const settled = wire.catch(() => {})
-    if (this.capabilities.cancelling) {
-      const ended = async () => {
-        await detach(() => this.adapter.cancel?.(this.#engine, this.connection))
-        await settled
-        return true
-      }
-      if (await bounded(ended(), cancelGrace, () => undefined).catch(() => false)) return
-    }
+    if (this.capabilities.cancelling && (await this.#cancel(wire).catch(() => false))) return
     this.lose(new Error('The connection was destroyed, because its statement could not be cancelled.'))
     await this.#giveBack(this.lost)
+  }
+
+  /** Resolves with whether `wire` has settled in time. A request that overtakes its statement finds nothing to cancel, so it is repeated. */
+  async #cancel(wire: Promise<unknown>): Promise<boolean> {
+    let settled = false
+    const settle = () => {
+      settled = true
+    }
+    const ended = wire.then(settle, settle)
+    const deadline = performance.now() + cancelGrace
+    const within = (promise: Promise<unknown>, ms: number) => {
+      const left = Math.max(0, deadline - performance.now())
+      return bounded(promise, Math.min(ms, left), () => undefined)
+    }
+    for (let pause = 100; ; pause *= 2) {
+      await within(
+        detach(async () => this.adapter.cancel?.(this.#engine, this.connection)),
+        cancelGrace,
+      )
+      await within(ended, pause).catch(() => {})
+      if (settled) return true
+      if (performance.now() >= deadline) return false
+    }
   }
 }
 

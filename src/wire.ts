@@ -59,7 +59,8 @@ export class Wire {
   /** Awaits what is at the database. With `cancel`, or after `settleTimeout`, asks the server to stop it, or destroys the connection. */
   async stop<Connection>(lease: Lease<Connection> | undefined, cancel: boolean): Promise<void> {
     const wire = this.#answer ?? this.stream
-    if (!wire || !lease) return
+    if (!lease) return
+    if (!wire) return lease.interruption // what is sent next must not be cancelled in the place of what was
     if (cancel) return lease.interrupt(wire)
     const settled = wire.catch(() => {})
     await bounded(settled, this.#limits.settleTimeout, () => undefined).catch(() => lease.interrupt(wire))

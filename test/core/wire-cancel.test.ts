@@ -121,6 +121,29 @@ describe('C8 contexts', () => {
     await expectNothingLeft(main)
   })
 
+  it('C8 cancels a statement that its first cancel request has overtaken', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const late = gate()
+    const trap = wire.proxy.at(`> Q ${forever}`, late)
+    const abort = new AbortController()
+    const work = failure(
+      newContext(
+        async () => {
+          await main.db.query('insert into t values (1)')
+          await main.db.query(forever)
+        },
+        { signal: abort.signal },
+      ),
+    )
+    await trap.caught
+    abort.abort()
+    await until(() => count('> cancel') === 1 && wire.proxy.open === 1, 'the cancel request to be dealt with')
+    late.open()
+    expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+    expect(count('> cancel')).toBeGreaterThan(1)
+    await expectNothingLeft(main)
+  })
+
   it('C8 destroys the connection when the statement does not heed the cancel request', async () => {
     const main = wire.define({ pool: { max: 1 } })
     wire.proxy.at('< E 57014', 'stall')
