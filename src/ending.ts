@@ -31,7 +31,7 @@ export class Ending<Connection> {
       stateOutcome(error, await this.rollback(transaction, error, abortion?.error !== undefined))
       throw error
     }
-    await this.sendCommit(transaction)
+    await this.sendCommit(transaction, () => (abortion?.error ?? this.#session.owner.abortion) !== undefined)
   }
 
   /**
@@ -83,9 +83,9 @@ export class Ending<Connection> {
     await block.run(hook)
   }
 
-  /** COMMIT without the hooks before it. */
-  sendCommit(transaction: Transaction<Connection>): Promise<void> {
-    const committing = this.#commitTransaction(transaction)
+  /** COMMIT without the hooks before it; see {@link Transaction.commit}. */
+  sendCommit(transaction: Transaction<Connection>, aborted: () => boolean): Promise<void> {
+    const committing = this.#commitTransaction(transaction, aborted)
     const over = () => {
       this.underWay = undefined
     }
@@ -94,10 +94,10 @@ export class Ending<Connection> {
     return committing
   }
 
-  async #commitTransaction(transaction: Transaction<Connection>): Promise<void> {
+  async #commitTransaction(transaction: Transaction<Connection>, aborted: () => boolean): Promise<void> {
     const opened = transaction.opened
     try {
-      await transaction.commit()
+      await transaction.commit(aborted)
       if (opened) this.#session.mayHaveCommitted()
       this.#renew(transaction, 'afterCommit', opened)
     } catch (error) {

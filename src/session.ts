@@ -426,8 +426,8 @@ export class Session<Connection>
     await this.owner.settle('rollback', error).catch(() => {}) // whoever settles it gets the error
   }
 
-  commitAtEnd(): Promise<void> {
-    const committing = this.ending.sendCommit(this.transaction)
+  commitAtEnd(aborted: () => boolean): Promise<void> {
+    const committing = this.ending.sendCommit(this.transaction, aborted)
     const over = () => this.owner.defer(this.ending.takeDue())
     committing.then(over, over)
     return committing

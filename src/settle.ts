@@ -25,7 +25,8 @@ export interface Participant {
   fence(): void
   /** Verifies that the transaction can commit, and does what is due before COMMIT, if anything is: then it is called again. */
   prepare(): Promise<true> | undefined
-  commitAtEnd(): Promise<void>
+  /** `aborted` says whether a COMMIT that could not be done at once is not to be tried again. */
+  commitAtEnd(aborted: () => boolean): Promise<void>
   /** Awaits (or cancels) what is on the wire; resolves with whether the server said that it rolled back. */
   rollbackAtEnd(error: unknown, cancel: boolean): Promise<boolean>
   closeAtEnd(): Promise<void> | undefined
@@ -66,14 +67,15 @@ export async function commitAll(unit: Unit): Promise<void> {
     throw error
   }
   const committed: string[] = []
+  const aborted = () => unit.abortion !== undefined && committed.length === 0
   for (const session of unit.participants()) {
-    if (unit.abortion && committed.length === 0) {
+    if (aborted()) {
       await rollbackAll(unit, unit.abortion)
       throw unit.abortion
     }
     const wrote = session.inTransaction
     try {
-      await session.commitAtEnd()
+      await session.commitAtEnd(aborted)
     } catch (error) {
       throw await notAllCommitted(unit, committed, session, error)
     }

@@ -11,7 +11,7 @@ import type { Lane } from './lane.ts'
 import { assertLive, hasEnded, Level } from './level.ts'
 import { resolver } from './resolution.ts'
 import { happened } from './trace.ts'
-import { retryBusy, Wire } from './wire.ts'
+import { Wire } from './wire.ts'
 
 /** What a transaction needs of its session. */
 export interface TransactionHost<Connection> {
@@ -269,7 +269,8 @@ export class Transaction<Connection> {
         this.#begun = lease.adapter.begin(lease.connection, this.settings)
         this.#begun.catch(() => {}) // looked at after the statement that travels with it
       } else {
-        await this.#wire.answer(retryBusy(() => this.#beginOn(lease), lease, this.#host.acquireTimeout))
+        const begin = () => this.#beginOn(lease)
+        await this.#wire.insist(begin, lease, this.#host.acquireTimeout, () => this.root.refusal !== undefined)
       }
       answered = true
       assertLive(this.root)
@@ -400,9 +401,10 @@ export class Transaction<Connection> {
   /**
    * Sends COMMIT. The transaction has ended whatever comes of it, except that one which cannot commit is left for a rollback.
    *
+   * @param aborted whether it is not wanted any more: what the server has not done yet is not asked of it again.
    * @throws `AMBIENT_TRANSACTION_ABORTED`, `AMBIENT_COMMIT_UNKNOWN`, or the server's own error.
    */
-  async commit(): Promise<void> {
+  async commit(aborted: () => boolean): Promise<void> {
     this.assertUsable(this.root)
     if (this.#begun) await this.#checkBegin()
     if (!this.opened) await this.stop(false) // a block inside that was cut off may be at BEGIN
@@ -412,7 +414,7 @@ export class Transaction<Connection> {
     const id = this.#identity?.id
     const commit = () => this.#wire.bounded(lease.adapter.commit(lease.connection))
     try {
-      const answer = await this.#wire.answer(retryBusy(commit, lease, this.#host.acquireTimeout))
+      const answer = await this.#wire.insist(commit, lease, this.#host.acquireTimeout, aborted)
       this.#lease = undefined
       await this.#host.holder.release(lease)
       if (answer === 'committed') return this.#publish('committed')

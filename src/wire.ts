@@ -50,6 +50,28 @@ export class Wire {
     return answer
   }
 
+  /**
+   * SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). Between two calls nothing is
+   * at the database, and the answer stands if it is `over` by then.
+   */
+  async insist<Result, Connection>(
+    act: () => Promise<Result>,
+    lease: Lease<Connection>,
+    timeout: number,
+    over: () => boolean,
+  ): Promise<Result> {
+    const deadline = performance.now() + timeout
+    for (let wait = 1; ; wait = Math.min(wait * 2, 50)) {
+      try {
+        return await this.answer(act())
+      } catch (error) {
+        if (!lease.adapter.traits(error).busy || performance.now() + wait > deadline) throw error
+        await sleep(wait * (0.5 + Math.random() / 2))
+        if (over()) throw error
+      }
+    }
+  }
+
   /** For what ends a transaction or savepoint: rejects when its answer has not come after `settleTimeout`. */
   bounded<Result>(answer: Promise<Result>): Promise<Result> {
     const timeout = this.#limits.settleTimeout
@@ -65,30 +87,4 @@ export class Wire {
     const settled = wire.catch(() => {})
     await bounded(settled, this.#limits.settleTimeout, () => undefined).catch(() => lease.interrupt(wire))
   }
-}
-
-/** SQLite: BEGIN and COMMIT that found the file locked succeed when called again a little later (S13). */
-export function retryBusy<Result, Connection>(
-  act: () => Promise<Result>,
-  { adapter }: Lease<Connection>,
-  timeout: number,
-): Promise<Result> {
-  const retry = async (error: unknown): Promise<Result> => {
-    const deadline = performance.now() + timeout
-    let latest = error
-    for (
-      let wait = 1;
-      adapter.traits(latest).busy && performance.now() + wait <= deadline;
-      wait = Math.min(wait * 2, 50)
-    ) {
-      await sleep(wait * (0.5 + Math.random() / 2))
-      try {
-        return await act()
-      } catch (again) {
-        latest = again
-      }
-    }
-    throw latest
-  }
-  return act().catch(retry)
 }

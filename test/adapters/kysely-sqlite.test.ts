@@ -260,6 +260,49 @@ for (const [library, open] of Object.entries(libraries)) {
         await main.shutdown()
       })
 
+      it('C8 S13 tries BEGIN no more when the work is aborted, and leaves nothing open', async () => {
+        const main = harness.define({ acquireTimeout: 5000 })
+        const abort = new AbortController()
+        harness.other.exec('begin immediate')
+        const waiting = newContext(() => harness.insert(main.db, 1), { signal: abort.signal })
+        await nextTurn()
+        await nextTurn()
+        abort.abort()
+        await expect(waiting).rejects.toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+        harness.other.exec('rollback')
+        for (const until = performance.now() + 200; performance.now() < until; ) {
+          await newContext(() => harness.ids(main.db)) // it would have tried again by then
+          await nextTurn()
+          expect(harness.engines().map(({ busy }) => busy)).toEqual([0])
+        }
+        await main.shutdown()
+      })
+
+      it.each(['context', 'block'] as const)('C8 S13 tries COMMIT no more when its %s is aborted', async (what) => {
+        harness.other.exec('pragma journal_mode = delete')
+        const main = harness.define({ acquireTimeout: 5000 })
+        const abort = new AbortController()
+        const { signal } = abort
+        harness.other.exec('begin; select * from items')
+        const work = () => harness.insert(main.db, 1)
+        const waiting =
+          what === 'context' ? newContext(work, { signal }) : newContext(() => main.atomic(work, { signal }))
+        const settled = waiting.then(
+          () => 'committed',
+          (error: Error) => error,
+        )
+        await nextTurn()
+        await nextTurn()
+        abort.abort()
+        const error = await settled
+        harness.other.exec('commit')
+        expect(error).toMatchObject({ code: expect.stringMatching(/^(?:ERR_SQLITE_ERROR|SQLITE_BUSY)$/) })
+        await newContext(() => harness.insert(main.db, 2))
+        expect(await harness.witness()).toEqual([2])
+        await main.shutdown()
+        harness.other.exec('pragma journal_mode = wal')
+      })
+
       it('A5 runs a block again that met a lock', async () => {
         const main = harness.define({ acquireTimeout: 1 })
         harness.other.exec('begin immediate')
