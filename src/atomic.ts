@@ -234,7 +234,8 @@ async function owning<Connection, Result>(
       if (!again) throw error
       resetHooks()
     }
-    await sleep(Math.random() * Math.min(1000, 10 * 2 ** count)) // full jitter
+    const pause = sleep(Math.random() * Math.min(1000, 10 * 2 ** count)) // full jitter
+    await (abortion ? Promise.race([pause, abortion.promise.catch(() => {})]) : pause)
   }
 }
 

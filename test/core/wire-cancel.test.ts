@@ -2,7 +2,7 @@ import { getEventListeners } from 'node:events'
 import { newContext, openContext } from 'ambient-db'
 import Cursor from 'pg-cursor'
 import QueryStream from 'pg-query-stream'
-import { describe, expect, it } from 'vitest'
+import { describe, expect, it, vi } from 'vitest'
 import { gate, until } from '../support/gate.ts'
 import { failure, useWire } from './wire.ts'
 
@@ -603,6 +603,29 @@ describe('C8 blocks', () => {
       await main.db.query('insert into t values (2)')
       await main.rollback()
     })
+    await expectNothingLeft(main)
+  })
+
+  it('C8 ends a block that waits for its next attempt', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    const failed = gate()
+    const random = vi.spyOn(Math, 'random').mockReturnValue(1e6) // a pause of hours
+    try {
+      const block = async () => {
+        await main.db.query("do $$ begin raise sqlstate '40001'; end $$").catch((error) => {
+          failed.open()
+          throw error
+        })
+      }
+      const work = failure(newContext(() => main.atomic(block, { signal: abort.signal, retry: { attempts: 3 } })))
+      await failed.passed
+      await until(() => count('> Q ROLLBACK') === 1, 'the end of the attempt')
+      abort.abort()
+      expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+    } finally {
+      random.mockRestore()
+    }
     await expectNothingLeft(main)
   })
 
