@@ -215,8 +215,10 @@ class Link {
   cut(how: 'reset' | 'end'): void {
     this.#stalled = true
     for (const socket of [this.#client, this.#upstream]) {
-      if (how === 'reset') socket.resetAndDestroy()
-      else socket.destroySoon()
+      if (how === 'end') socket.destroySoon()
+      else if (socket.writableEnded)
+        socket.destroy() // a reset fails while it ends, and leaves it open for ever
+      else socket.resetAndDestroy()
     }
   }
 
