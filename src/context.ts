@@ -471,6 +471,28 @@ export function hasContext(): boolean {
   return context !== undefined && !context.closedToNewSessions
 }
 
+/**
+ * The signal of the context that the running code belongs to, for whatever else works on its behalf. It fires when the context is
+ * aborted: the client of the request went away, its `timeout` passed, or the `signal` that it was given fired. Its reason is the
+ * `AMBIENT_ABORTED` or `AMBIENT_TIMEOUT` that the context ends with. A context that has ended well fires no more, so behind the
+ * head of an answer nobody hears of a client that goes amid the body. Outside of any context it is one that never fires.
+ *
+ * It says nothing of the `signal` and `timeout` of a block or a session.
+ *
+ * @example
+ * ```ts
+ * import { contextSignal } from 'ambient-db'
+ *
+ * async function exchangeRates(): Promise<unknown> {
+ *   const response = await fetch('https://rates.example/eur', { signal: contextSignal() })
+ *   return response.json()
+ * }
+ * ```
+ */
+export function contextSignal(): AbortSignal {
+  return currentContext()?.signal ?? new AbortController().signal
+}
+
 /** Runs `work` outside any context, for background work that must not use the request's session. */
 export function detach<Result>(work: () => Result): Result {
   return storage.run(undefined, work)

@@ -12,7 +12,7 @@ export type {
 } from './adapter.ts'
 export type { AtomicOptions, CurrentTransaction } from './atomic.ts'
 export type { AmbientContext, ContextOptions, ContextState } from './context.ts'
-export { detach, hasContext, newContext, openContext } from './context.ts'
+export { contextSignal, detach, hasContext, newContext, openContext } from './context.ts'
 export type { AmbientDatabase, DatabaseHooks, DatabaseOptions, NewSessionOptions } from './database.ts'
 export { defineDatabase } from './database.ts'
 export type {

@@ -5,7 +5,7 @@ import type { IncomingMessage, ServerResponse } from 'node:http'
 import { Readable } from 'node:stream'
 import { setImmediate as nextTurn } from 'node:timers/promises'
 import { bounded } from '../clock.ts'
-import { Context, hasContext, newContext } from '../context.ts'
+import { Context, contextSignal, hasContext, newContext } from '../context.ts'
 import type { AmbientDatabase } from '../database.ts'
 import { isAmbientError } from '../errors.ts'
 import type { ContextEvent } from '../events.ts'
@@ -261,6 +261,35 @@ export const frameworkSuite: readonly FrameworkCase[] = [
     left.open()
     assert.ok(isAmbientError(await late.opened, 'AMBIENT_CONTEXT_ENDED'))
     assert.deepEqual(await suite.rows(), [])
+  }),
+
+  define('H4 fires the signal of the context when the client goes, and not when it is answered', async (suite) => {
+    const entered = gate()
+    const fired = gate<unknown>()
+    const signals: AbortSignal[] = []
+    const port = await suite.start({
+      routes: {
+        '/answered': async () => {
+          signals.push(contextSignal())
+          return { body: await suite.insert('a') }
+        },
+        '/left': async () => {
+          const signal = contextSignal()
+          signal.addEventListener('abort', () => fired.open(signal.reason))
+          entered.open()
+          await fired.opened
+          return { body: 'nobody reads it' }
+        },
+      },
+    })
+    const client = await suite.open(port)
+    client.send({ path: '/answered' })
+    await client.answer()
+    client.send({ path: '/left' })
+    await entered.opened
+    client.destroy()
+    assert.ok(isAmbientError(await fired.opened, 'AMBIENT_ABORTED'))
+    assert.equal(signals[0]?.aborted, false)
   }),
 
   define('H4 cancels the statement that runs when the client goes', async (suite) => {

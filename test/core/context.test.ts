@@ -5,6 +5,7 @@ import { join, resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import {
   type AmbientDatabase,
+  contextSignal,
   defineDatabase,
   detach,
   hasContext,
@@ -337,6 +338,45 @@ describe('hasContext', () => {
       ['afterwards', false],
     ])
     expect(await ids()).toEqual([1])
+  })
+})
+
+describe('contextSignal', () => {
+  it('C8 is the signal of the context around the code, and of the innermost one', async () => {
+    const context = openContext()
+    const inner = await context.run(async () => {
+      expect(contextSignal()).toBe(context.signal)
+      await main.atomic(() => expect(contextSignal()).toBe(context.signal), { timeout: 10_000 })
+      await main.newSession(() => expect(contextSignal()).toBe(context.signal))
+      return newContext(contextSignal)
+    })
+    expect(inner).not.toBe(context.signal)
+    await context.settle('rollback')
+    expect([context.signal.aborted, inner.aborted]).toEqual([false, false])
+  })
+
+  it('C8 fires when the context is aborted, and has fired for late work', async () => {
+    const reasons: unknown[] = []
+    const controller = new AbortController()
+    const context = openContext({ signal: controller.signal })
+    context.run(() =>
+      contextSignal().addEventListener('abort', (event) => reasons.push((event.target as AbortSignal).reason)),
+    )
+    controller.abort()
+    await expect(context.settle('commit')).rejects.toMatchObject({ code: 'AMBIENT_ABORTED' })
+    expect(reasons).toEqual([expect.objectContaining({ code: 'AMBIENT_ABORTED' })])
+    const late = openContext({ timeout: 1 })
+    await expect(
+      late.run(() => new Promise((_, reject) => contextSignal().addEventListener('abort', reject))),
+    ).rejects.toBeInstanceOf(Event)
+    await late.settle('rollback')
+    expect(late.run(contextSignal).reason).toMatchObject({ code: 'AMBIENT_TIMEOUT' })
+  })
+
+  it('never fires outside of any context, and is new each time so that nothing gathers on it', () => {
+    expect(contextSignal().aborted).toBe(false)
+    expect(contextSignal()).not.toBe(contextSignal())
+    expect(openContext().run(() => detach(contextSignal)).aborted).toBe(false)
   })
 })
 

@@ -158,6 +158,7 @@ const faults: Record<string, Fault> = {
     plant: () => replace(Context.prototype, 'abort', () => {}),
     breaks: [
       'H4 rolls back at once when the client goes before the answer',
+      'H4 fires the signal of the context when the client goes, and not when it is answered',
       'H4 cancels the statement that runs when the client goes',
       'H4 cancels what its answer waits for when the client goes',
       'H4 rolls back when a handler never answers and the client goes',
