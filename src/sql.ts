@@ -14,7 +14,7 @@ export type TransactionControl =
 /** What may stand before a statement: space, comments (but not those that MySQL executes), empty statements. */
 const leading = /^(?:[\s;]|(?:--|#)[^\n]*(?:\n|$)|\/\*(?!M?!)(?:[^*]|\*(?!\/))*\*\/)+/
 const candidate = /^(?:begin|start|commit|end|rollback|abort|savepoint|release)\b/i
-const noise = /(?:\s+(?:work|transaction))?(?:\s+and\s+no\s+chain)?$/
+const noise = /(?: (?:work|transaction))?(?: and no chain)?$/
 const savepoint = /^(savepoint|rollback to|release)(?: savepoint)? (?:(["`])([^"`]+)\2|(\w+))$/
 const modes =
   /^(?:isolation level (?:serializable|repeatable read|read committed|read uncommitted)|read only|read write|(?:not )?deferrable)$/

@@ -41,6 +41,7 @@ describe('transaction control', () => {
     ['begin read write', { readOnly: false }],
     ['begin deferrable', { deferrable: true }],
     ['begin not deferrable', { deferrable: false }],
+    ['begin read only deferrable', { readOnly: true, deferrable: true }],
     ['begin read only, deferrable', { readOnly: true, deferrable: true }],
     [
       'begin isolation level serializable, read only, deferrable',
