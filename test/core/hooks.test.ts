@@ -286,7 +286,10 @@ describe('beforeCommit', () => {
       await main.commit()
       expect(await notes()).toEqual(['a', 'b'])
       late.open()
-      await expect(laterOn).rejects.toMatchObject({ code: 'AMBIENT_BLOCK_ENDED' })
+      await expect(laterOn).rejects.toMatchObject({
+        code: 'AMBIENT_BLOCK_ENDED',
+        message: expect.stringContaining('BeforeCommit hook has ended.'),
+      })
     })
     expect(await notes()).toEqual(['a', 'b'])
   })

@@ -337,6 +337,31 @@ describe('shutdown', () => {
     expect([runs, pools]).toEqual([0, []])
   })
 
+  it('D4 waits for the after-hooks of a transaction that was under way', async () => {
+    const main = define()
+    const [begun, hold, hook] = [gate(), gate(), gate()]
+    const steps: string[] = []
+    const work = newContext(async () => {
+      await insert(main, 1)
+      main.afterCommit(async () => {
+        steps.push('hook')
+        await hook.passed
+        steps.push('hook ended')
+      })
+      begun.open()
+      await hold.passed
+    })
+    await begun.passed
+    const closed = main.shutdown().then(() => steps.push('closed'))
+    hold.open()
+    await until(() => steps.includes('hook'), 'the hook')
+    for (let turn = 0; turn < 10; turn++) await new Promise((resolve) => setImmediate(resolve))
+    expect(pools[0]?.ending).toBe(false)
+    hook.open()
+    await Promise.all([work, closed])
+    expect(steps).toEqual(['hook', 'hook ended', 'closed'])
+  })
+
   it('D4 waits for after-hooks under way', async () => {
     const main = define()
     const hook = gate()

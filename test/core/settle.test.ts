@@ -477,7 +477,11 @@ describe('work that nobody awaited', () => {
       },
       { unawaited: 'error' },
     )
-    await expect(sloppy).rejects.toMatchObject({ code: 'AMBIENT_UNAWAITED_WORK', outcome: 'rolled-back' })
+    await expect(sloppy).rejects.toMatchObject({
+      code: 'AMBIENT_UNAWAITED_WORK',
+      outcome: 'rolled-back',
+      message: expect.stringMatching(/^Statements were still under way when the work returned\. Await/),
+    })
     expect(await ids()).toEqual([])
     await newContext(() => insert(main, 3), { unawaited: 'error' })
     expect(await ids()).toEqual([3])
