@@ -1,5 +1,5 @@
 // npm run mutation -- [--file=<name>[:<line>[-<line>]]]… [--sample=<n>] [--seed=<n>] [--minutes=<n>] [--tests=<filter>]…
-//   [--controls=<n>] [--concurrency=<n>] [--json=<file>]
+//   [--controls=<one for so many mutants>] [--concurrency=<n>] [--json=<file>]
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
 import { existsSync, globSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism, tmpdir } from 'node:os'
@@ -16,7 +16,7 @@ const { values: options } = parseArgs({
     seed: { type: 'string', default: String(Date.now() % 1_000_000) },
     minutes: { type: 'string', default: '60' },
     tests: { type: 'string', multiple: true },
-    controls: { type: 'string', default: '3' },
+    controls: { type: 'string', default: '40' },
     concurrency: { type: 'string', default: String(availableParallelism() + 1) },
     json: { type: 'string', default: new URL('results.json', import.meta.url).pathname },
   },
@@ -26,8 +26,8 @@ const { values: options } = parseArgs({
 const notCore = ['conformance.ts', 'request.ts', 'response.ts', 'response-guard.ts']
 
 const folder = new URL('.', import.meta.url).pathname
-const stryker = join(folder, 'node_modules/@stryker-mutator/core/bin/stryker.js')
-if (!existsSync(stryker)) {
+const stryker = join(folder, 'node_modules/@stryker-mutator/core')
+if (!isInstalled()) {
   console.log('installing Stryker (once)')
   const { status } = spawnSync('npm', ['ci', '--no-audit', '--no-fund'], { cwd: folder, stdio: 'inherit' })
   if (status !== 0) process.exit(1)
@@ -36,6 +36,7 @@ if (!existsSync(stryker)) {
 const core = readdirSync('src').filter((name) => name.endsWith('.ts') && !notCore.includes(name))
 const sources = new Map(core.map((name) => [name, readFileSync(join('src', name), 'utf8')])) // they may change meanwhile
 const scratch = mkdtempSync(join(tmpdir(), 'ambient-db-mutation-'))
+const temporary = `.stryker-tmp-${process.pid}` // beside node_modules, as Stryker wants it
 const server = await acquirePostgres()
 try {
   const results = join(scratch, 'results')
@@ -47,8 +48,13 @@ try {
   )
   print(report)
 } finally {
-  rmSync(scratch, { recursive: true, force: true })
+  for (const path of [scratch, temporary]) rmSync(path, { recursive: true, force: true })
   await server.stop()
+}
+
+function isInstalled(): boolean {
+  const read = (path: string) => JSON.parse(readFileSync(join(path, 'package.json'), 'utf8'))
+  return existsSync(stryker) && read(stryker).version === read(folder).dependencies['@stryker-mutator/core']
 }
 
 /** Runs Stryker until it is done or the time is up. */
@@ -63,13 +69,14 @@ async function mutate(results: string): Promise<void> {
     plugins: ['@stryker-mutator/vitest-runner', join(folder, 'sampler.ts')],
     reporters: ['sampler'],
     concurrency: Number(options.concurrency),
-    ignorePatterns: ['.tools', 'dist', 'coverage', 'examples', 'bench'],
+    ignorePatterns: ['.tools', 'dist', 'coverage', 'examples', 'bench', 'biome.json'],
     disableTypeChecks: false,
     tsconfigFile: 'none', // TypeScript 7 has no API for Stryker to read it with
     dryRunTimeoutMinutes: 20,
     // Of a whole run, which ends far sooner. A busy machine must not make a timeout of a mutant that survives.
     timeoutFactor: 5,
     timeoutMS: 120_000,
+    tempDirName: temporary,
     cleanTempDir: 'always',
     logLevel: 'warn',
   }
@@ -81,7 +88,11 @@ async function mutate(results: string): Promise<void> {
     ...(options.sample !== undefined && { sample: Number(options.sample) }),
   }
   const env = { ...process.env, DATABASE_URL: server.url, MUTATION_ORDER: JSON.stringify(order) }
-  const child = spawn(process.execPath, [stryker, 'run', config], { env, stdio: 'inherit', detached: true })
+  const child = spawn(process.execPath, [join(stryker, 'bin/stryker.js'), 'run', config], {
+    env,
+    stdio: 'inherit',
+    detached: true,
+  })
   const timer = setTimeout(() => stop(child), Number(options.minutes) * 60_000)
   for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.once(signal, () => stop(child))
   await new Promise((ended, failed) => child.once('error', failed).once('exit', ended))

@@ -41,7 +41,7 @@ export interface Order {
   readonly seed: number
   /** How many mutants are drawn; all if absent. */
   readonly sample?: number
-  /** How many runs without any mutant are mixed in. */
+  /** One run without any mutant is mixed in for so many with one. */
   readonly controls: number
 }
 
@@ -70,9 +70,10 @@ class Sampler {
     shuffle(mutantPlans, random)
     if (sample !== undefined) mutantPlans.length = Math.min(sample, population)
     const reached = mutantPlans.filter(({ plan, mutant }) => plan === 'Run' && mutant.coveredBy?.length)
-    for (let count = 0; count < controls && reached.length > 0; count++) {
+    const count = reached.length === 0 ? 0 : Math.ceil(mutantPlans.length / controls)
+    for (let number = 1; number <= count; number++) {
       const like = reached[Math.floor(random() * reached.length)] as Plan
-      mutantPlans.splice(Math.floor(random() * mutantPlans.length), 0, controlOf(like, count))
+      mutantPlans.splice(Math.floor(random() * mutantPlans.length), 0, controlOf(like, number))
     }
     // Each test file has a process of its own, so there is nothing to reload; Stryker would put these last.
     for (const { runOptions } of mutantPlans) if (runOptions) runOptions.reloadEnvironment = false
@@ -88,8 +89,8 @@ class Sampler {
   }
 }
 
-function controlOf({ mutant, runOptions, ...plan }: Plan, count: number): Plan {
-  const id = `${controlPrefix}${count}`
+function controlOf({ mutant, runOptions, ...plan }: Plan, number: number): Plan {
+  const id = `${controlPrefix}${number}`
   if (!runOptions) throw new Error('A plan without a run has no control.')
   return { ...plan, mutant: { ...mutant, id }, runOptions: { ...runOptions, activeMutant: { id } } }
 }
