@@ -85,8 +85,9 @@ describe('Kysely over mysql2', () => {
   it('C8 S9 keeps its connection when the rest of a stream that was left is cancelled', async () => {
     const pool = createPool({ uri: database.url, connectionLimit: 1 })
     const main = define(pool)
+    // Large, so that the first row comes at once, and slow, so that the rest is still to come.
     await database.witness.rows(
-      'create view many as select a.seq as id, 0 as n from seq_1_to_100000 a, seq_1_to_10000 b',
+      "create view many as select sleep(0.01) as id, repeat('x', 50000) as n from seq_1_to_1000000",
     )
     const controller = new AbortController()
     const left = gate()
