@@ -42,6 +42,11 @@ export class MysqlReader implements WireReader {
   #question = ''
   readonly #unfinished = { sent: false, received: false }
 
+  /** Nothing is to come from the server before it is asked again. */
+  get idle(): boolean {
+    return this.#expected === 'nothing'
+  }
+
   lengthOf(_direction: Direction, unread: Buffer): number | undefined {
     if (unread.length === 0) return undefined
     if (this.#opaque) return unread.length

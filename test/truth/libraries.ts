@@ -9,7 +9,7 @@ import { pgAdapter } from '../../src/adapters/pg.ts'
 export type Execute = (sql: string, parameters?: unknown[]) => Promise<unknown>
 
 /** A library under test: its adapter, and how its users do what units of work do. One entry in {@link libraries} adds one. */
-export interface Library<Handle = unknown, Engine = unknown, Connection = unknown> {
+export interface Library<Handle = unknown, Engine = unknown, Connection = unknown, DriverPool = Pool> {
   readonly name: string
   /** What its documentation says that it can't do; failures of that kind are counted, but are none. */
   readonly limits: {
@@ -20,7 +20,7 @@ export interface Library<Handle = unknown, Engine = unknown, Connection = unknow
   }
   /** What became of a COMMIT without an answer can be found out: each is, and the answer is judged like any other. */
   readonly resolvable?: true
-  adapter(pool: () => Pool): Adapter<Handle, Engine, Connection>
+  adapter(pool: () => DriverPool): Adapter<Handle, Engine, Connection>
   execute(db: Handle, sql: string, parameters: unknown[]): Promise<unknown>
   /** The rows of table `numbers`, a few at a time. */
   stream(db: Handle): AsyncIterable<unknown>
@@ -28,7 +28,7 @@ export interface Library<Handle = unknown, Engine = unknown, Connection = unknow
   transaction(db: Handle, work: (execute: Execute) => Promise<unknown>): Promise<unknown>
 }
 
-interface Tables {
+export interface Tables {
   numbers: { n: number }
 }
 
@@ -54,7 +54,7 @@ const pg: Library<Pool> = {
   },
 }
 
-const kyselyHandles: Pick<Library<Kysely<Tables>>, 'execute' | 'stream' | 'transaction'> = {
+export const kyselyHandles: Pick<Library<Kysely<Tables>>, 'execute' | 'stream' | 'transaction'> = {
   execute: (db, sql, parameters) => db.executeQuery(CompiledQuery.raw(sql, parameters)),
   stream: (db) => db.selectFrom('numbers').select('n').stream(10),
   transaction: (db, work) =>

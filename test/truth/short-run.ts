@@ -14,7 +14,8 @@ export async function runShort(name: string, ...options: string[]): Promise<Repo
   const directory = await mkdtemp(join(tmpdir(), 'ambient-db-truth-'))
   const json = join(directory, 'report.json')
   const { NODE_OPTIONS: _, ...inherited } = process.env
-  const env = { ...inherited, DATABASE_URL: inject('postgresUrl') }
+  const mysql = inject('mysqlServer')
+  const env = { ...inherited, DATABASE_URL: inject('postgresUrl'), ...('url' in mysql && { MYSQL_URL: mysql.url }) }
   try {
     const command = ['test/truth/run.ts', name, '--short', `--json=${json}`, ...options]
     const output = await promisify(execFile)(process.execPath, command, { env, maxBuffer: 64 << 20 }).then(

@@ -1,3 +1,4 @@
+import { acquireMariadb } from '../../support/mariadb-server.ts'
 import {
   type Conditions,
   commandOf,
@@ -8,14 +9,37 @@ import {
   type Row,
 } from '../harness.ts'
 import { type Library, libraries } from '../libraries.ts'
+import { mysqlLibraries } from '../mysql-libraries.ts'
 import { type Case, cutsOf, idOf, type Lab, openLab, type Result } from './lab.ts'
 import { control, type Mutant, mutants } from './mutants.ts'
+import { mysql } from './mysql.ts'
+import { postgres } from './postgres.ts'
+import type { Server } from './server.ts'
 import type { Violation } from './stage.ts'
-import { units } from './units.ts'
+import { type Unit, unitsFor } from './units.ts'
 
 type Kind = Violation['kind']
 
 const measuredInTime: readonly Kind[] = ['unreached', 'lost slot', 'hang', 'open transaction', 'leaked socket']
+
+/** A kind of server, and the libraries that are tried on it. */
+interface Group {
+  readonly server: Server
+  readonly libraries: readonly Library[]
+  readonly units: readonly Unit[]
+  /** A server of this kind. */
+  acquire(conditions: Conditions): Promise<{ readonly url: string; stop(): Promise<void> }>
+}
+
+const groups: readonly Group[] = [
+  {
+    server: postgres,
+    libraries,
+    units: unitsFor(postgres),
+    acquire: async ({ url }) => ({ url, stop: async () => {} }),
+  },
+  { server: mysql, libraries: mysqlLibraries, units: unitsFor(mysql), acquire: acquireMariadb },
+]
 
 /**
  * Options: `--library=<name>`, `--unit=<name>`, `--every=<n>` (of all cases one in n), `--concurrency=<n>`, `--case=<id>` (that one
@@ -25,26 +49,38 @@ export const cuts: Harness = {
   name: 'cuts',
   title: 'the connection is cut at every message on the wire',
   async run(conditions) {
-    const lab = await openLab(conditions.url)
-    try {
-      const id = conditions.option('case')
-      return await (id === undefined ? runAll(lab, conditions) : runAlone(lab, id))
-    } finally {
-      await lab.close()
+    const id = conditions.option('case')
+    const wanted = id === undefined ? conditions.option('library') : id.split('/')[0]
+    const report: Report = { rows: [], planted: [], failures: [] }
+    const chosen = groups.filter((each) => each.libraries.some(({ name }) => name === (wanted ?? name)))
+    if (chosen.length === 0) throw new Error(`There is no library '${wanted}'.`)
+    for (const group of chosen) {
+      const { url, stop } = await group.acquire(conditions)
+      const lab = await openLab(group.server, url)
+      try {
+        const part = await (id === undefined ? runAll(lab, group, conditions) : runAlone(lab, group, id))
+        for (const list of ['rows', 'planted', 'failures'] as const) {
+          ;(report[list] as unknown[]).push(...part[list]) // of the same kind
+        }
+      } finally {
+        await lab.close()
+        await stop()
+      }
     }
+    return report
   },
 }
 
-async function runAll(lab: Lab, conditions: Conditions): Promise<Report> {
+async function runAll(lab: Lab, group: Group, conditions: Conditions): Promise<Report> {
   const rows: Row[] = []
   const failures: Failure[] = []
   const only = conditions.option('mutants')
   const planted =
-    only === 'none' ? [] : await Promise.all([control, ...mutants].map((mutant) => runMutant(lab, mutant)))
+    only === 'none' ? [] : await Promise.all([control, ...mutants].map((mutant) => runMutant(lab, group, mutant)))
   const library = conditions.option('library')
   if (only !== 'only') {
-    for (const each of libraries.filter(({ name }) => name === (library ?? name))) {
-      rows.push(await runLibrary(lab, each, conditions, failures))
+    for (const each of group.libraries.filter(({ name }) => name === (library ?? name))) {
+      rows.push(await runLibrary(lab, group, each, conditions, failures))
       console.log(`${each.name}: ${rows.at(-1)?.runs} cases in ${rows.at(-1)?.seconds} s`)
     }
   }
@@ -53,6 +89,7 @@ async function runAll(lab: Lab, conditions: Conditions): Promise<Report> {
 
 async function runLibrary(
   lab: Lab,
+  { units }: Group,
   library: Library,
   { size, time, option }: Conditions,
   failures: Failure[],
@@ -108,9 +145,15 @@ function failureOf({ id, violations, summary }: Result): Failure {
 }
 
 /** The faults are put in at the driver, so they are run where the engine is its pool. */
-async function runMutant(lab: Lab, { name, mutate, units: names, labels, shows }: Mutant): Promise<Planted[]> {
+async function runMutant(
+  lab: Lab,
+  { server, libraries, units }: Group,
+  { name, mutate, units: names, labels, tags, lookups, shows }: Mutant,
+): Promise<Planted[]> {
   const rows: Planted[] = []
-  for (const library of libraries.filter(({ limits }) => !limits.uncaught)) {
+  if (tags && !server.tags) return rows
+  const subjects = libraries.filter(({ limits, resolvable }) => !limits.uncaught && (!lookups || resolvable))
+  for (const library of subjects) {
     const cases: Case[] = []
     for (const unit of units.filter((each) => names.includes(each.name))) {
       cases.push({ library, unit, mutate })
@@ -166,7 +209,7 @@ function mayBeLoad({ violations }: Result): boolean {
   return violations.length > 0 && violations.every(({ kind }) => measuredInTime.includes(kind))
 }
 
-async function runAlone(lab: Lab, id: string): Promise<Report> {
+async function runAlone(lab: Lab, { libraries, units }: Group, id: string): Promise<Report> {
   const startedAt = performance.now()
   const [libraryName, unitName] = id.split('/')
   const library = libraries.find(({ name }) => name === libraryName)

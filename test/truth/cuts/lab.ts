@@ -1,11 +1,11 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { Client, Pool } from 'pg'
 import { type Fate, startProxy } from '../../support/proxy.ts'
 import type { Library } from '../libraries.ts'
 import type { Mutate } from './mutants.ts'
-import { type DatabaseName, describe, Stage, type Violation } from './stage.ts'
+import type { Server } from './server.ts'
+import { describe, Stage, type Violation } from './stage.ts'
 import type { Unit } from './units.ts'
-import { type Boundary, WireLog } from './wire-log.ts'
+import { type Boundary, sameInEveryRun, WireLog } from './wire-log.ts'
 
 export const fates = ['reset', 'end', 'short stall', 'long stall'] as const
 export const sides = ['before', 'after'] as const
@@ -65,20 +65,8 @@ export interface Lab {
   close(): Promise<void>
 }
 
-export async function openLab(serverUrl: string): Promise<Lab> {
-  const name = `truth_${process.pid}_${Date.now()}`
-  const urls = { main: urlOf(serverUrl, name), other: urlOf(serverUrl, `${name}_other`) }
-  for (const database of [name, `${name}_other`]) await administer(serverUrl, `create database ${database}`)
-  const witnesses: Record<DatabaseName, Pool> = {
-    main: new Pool({ connectionString: urls.main, application_name: 'witness', max: 3 }),
-    other: new Pool({ connectionString: urls.other, application_name: 'witness', max: 2 }),
-  }
-  for (const witness of Object.values(witnesses)) {
-    await witness.query('create table markers (run text, label text, primary key (run, label))')
-    await witness.query('create table numbers as select n from generate_series(1, 40) n')
-    await witness.query('create table deferred (id int unique deferrable initially deferred)')
-  }
-
+export async function openLab(server: Server, serverUrl: string): Promise<Lab> {
+  const place = await server.open(serverUrl)
   let runs = 0
   const current = new AsyncLocalStorage<string[]>()
   const strays: string[] = []
@@ -86,34 +74,14 @@ export async function openLab(serverUrl: string): Promise<Lab> {
   process.on('uncaughtException', onStray)
   process.on('unhandledRejection', onStray)
 
-  async function rowsOf(run: string): Promise<Set<string>> {
-    const rows = await Promise.all(
-      (['main', 'other'] as const).map(async (database) => {
-        const result = await witnesses[database].query('select label from markers where run = $1', [run])
-        return result.rows.map(({ label }) => `${database}:${label}`)
-      }),
-    )
-    return new Set(rows.flat())
-  }
-
-  /** Connections of a run that are in a transaction, or at work. */
-  async function busy(run: string): Promise<string[]> {
-    const { rows } = await witnesses.main.query(
-      `select state, query from pg_stat_activity where application_name in ($1, $2)
-          and (xact_start is not null or state <> 'idle')`,
-      [`${run}-main`, `${run}-other`],
-    )
-    return rows.map(({ state, query }) => `${state}: ${query}`)
-  }
-
   async function perform(subject: Case, uncaught: string[]): Promise<Result> {
     const { library, unit, cut, mutate = (adapter) => adapter } = subject
     const run = `run${++runs}`
-    const proxy = await startProxy(urls.main, { record: false })
+    const proxy = await startProxy(place.url, { record: false })
     const log = new WireLog(proxy)
     const { trap, over } = setTrap(proxy, cut)
     const lenience = cut?.fate.endsWith('stall') ? 50 : 0
-    const stage = new Stage({ library, run, proxy, log, pool: unit.pool ?? {}, mutate, lenience })
+    const stage = new Stage({ library, server, place, run, proxy, log, pool: unit.pool ?? {}, mutate, lenience })
     const violations: Violation[] = stage.violations
     const violate = (kind: Violation['kind'], text: string) => violations.push({ kind, text })
 
@@ -131,7 +99,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
     const restored = performance.now()
     const busyFor = async () => {
       for (;;) {
-        const found = await busy(run)
+        const found = await place.busy(run)
         if (found.length === 0 || performance.now() - restored > recoveryBound) return found
         await sleep(10)
       }
@@ -146,7 +114,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
       break
     }
     await stage.resolve()
-    stage.judge(await rowsOf(run))
+    stage.judge(await place.rowsOf(run))
 
     const closed = await within(stage.shutdown(), 2000)
     if (!closed) violate('hang', 'shutdown() did not end within 2000 ms')
@@ -173,10 +141,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
       return current.run(uncaught, () => perform(subject, uncaught))
     },
     async close() {
-      for (const witness of Object.values(witnesses)) await witness.end()
-      for (const database of [name, `${name}_other`]) {
-        await administer(serverUrl, `drop database if exists ${database} with (force)`)
-      }
+      await place.close()
       await sleep(50) // what the last connections have to say
       process.off('uncaughtException', onStray)
       process.off('unhandledRejection', onStray)
@@ -192,7 +157,8 @@ function setTrap(proxy: Awaited<ReturnType<typeof startProxy>>, cut: Cut | undef
   const stall = fate === 'reset' || fate === 'end' ? 0 : stalls[fate]
   const way: Fate = fate === 'reset' || fate === 'end' ? fate : { stall }
   let count = 0
-  const match = ({ label }: { label: string }) => label === boundary.label && ++count === boundary.occurrence
+  const match = ({ label }: { label: string }) =>
+    sameInEveryRun(label) === boundary.label && ++count === boundary.occurrence
   const trap = proxy.at(match, way, { when })
   let passed: Promise<unknown> = Promise.resolve()
   void trap.caught.then(() => {
@@ -221,20 +187,4 @@ async function within(promise: Promise<unknown>, ms: number): Promise<boolean> {
 
 function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms))
-}
-
-function urlOf(serverUrl: string, database: string): string {
-  const url = new URL(serverUrl)
-  url.pathname = `/${database}`
-  return url.href
-}
-
-async function administer(serverUrl: string, sql: string): Promise<void> {
-  const client = new Client({ connectionString: serverUrl })
-  await client.connect()
-  try {
-    await client.query(sql)
-  } finally {
-    await client.end()
-  }
 }

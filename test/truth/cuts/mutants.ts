@@ -1,4 +1,4 @@
-import type { Pool, PoolClient } from 'pg'
+import type { EventEmitter } from 'node:events'
 import type { Adapter } from '../../../src/adapter.ts'
 import type { Violation } from './stage.ts'
 
@@ -12,6 +12,10 @@ export interface Mutant {
   /** Units and messages at which it shows; a few, so that proving it takes no time. */
   readonly units: readonly string[]
   readonly labels: RegExp
+  /** It is a fault only where COMMIT is answered with what the server did. */
+  readonly tags?: true
+  /** It is a fault only where a COMMIT without an answer can be looked up. */
+  readonly lookups?: true
   /** What the harness must say of it. */
   readonly shows: Violation['kind']
 }
@@ -29,10 +33,11 @@ export const control: Mutant = {
   mutate: blind,
   units: ['failure swallowed'],
   labels: /^[<>] [QC] (?:COMMIT|ROLLBACK)/i,
+  tags: true,
   shows: 'wrong outcome',
 }
 
-/** The faults are put in at the driver: they are written for adapters whose engine is a pool of `pg`. */
+/** The faults are put in at the driver: they are written for adapters whose engine is its pool. */
 export const mutants: readonly Mutant[] = [
   {
     name: 'ignores the tag of COMMIT',
@@ -45,6 +50,7 @@ export const mutants: readonly Mutant[] = [
     }),
     units: ['failure swallowed'],
     labels: /^[<>] [QC] (?:COMMIT|ROLLBACK)/i,
+    tags: true,
     shows: 'wrong outcome',
   },
   {
@@ -54,14 +60,19 @@ export const mutants: readonly Mutant[] = [
       commit: (connection) => adapter.commit(connection).catch(() => 'rolled-back'),
     }),
     units: ['one write', 'manual commit'],
-    labels: /^< C COMMIT/i,
+    labels: /^< (?:C|OK) COMMIT/i,
     shows: 'wrong outcome',
   },
   {
     name: 'gives connections back without ROLLBACK',
-    mutate: (adapter) => ({ ...adapter, rollback: async () => {} }),
+    mutate: (adapter) => ({
+      ...adapter,
+      rollback: async () => {},
+      release: (engine, connection, broken) =>
+        broken ? adapter.release(engine, connection, broken) : (connection as { release(): void }).release(),
+    }),
     units: ['failure thrown'],
-    labels: /^< E/,
+    labels: /^< E(?!OF)/,
     shows: 'open transaction',
   },
   {
@@ -69,12 +80,12 @@ export const mutants: readonly Mutant[] = [
     mutate: (adapter) => ({
       ...adapter,
       acquire: async (engine, onLost) => {
-        const client = (await adapter.acquire(engine, onLost)) as PoolClient
-        return client.removeAllListeners('error')
+        const connection = (await adapter.acquire(engine, onLost)) as EventEmitter
+        return connection.removeAllListeners('error')
       },
     }),
     units: ['one write'],
-    labels: /^< C (?:INSERT|BEGIN)/i,
+    labels: /^< (?:C|OK) (?:INSERT|BEGIN)/i,
     shows: 'uncaught',
   },
   {
@@ -88,29 +99,30 @@ export const mutants: readonly Mutant[] = [
     }),
     units: ['one write', 'manual commit'],
     labels: /^(?:< C|> [QP]) COMMIT/i,
+    lookups: true,
     shows: 'wrong outcome',
   },
   {
     name: 'sends COMMIT again',
     mutate: (adapter) => {
-      let pool: Pool | undefined
+      let pool: unknown
       const again = async () => {
-        const client = await (pool as Pool).connect()
-        const { command } = await client.query('COMMIT')
-        client.release()
-        return command === 'COMMIT' ? 'committed' : 'rolled-back'
+        const connection = await adapter.acquire(pool, () => {})
+        const answer = await adapter.commit(connection)
+        await adapter.release(pool, connection)
+        return answer
       }
       return {
         ...adapter,
         acquire: (engine, onLost) => {
-          pool = engine as Pool
+          pool = engine
           return adapter.acquire(engine, onLost)
         },
         commit: (connection) => adapter.commit(connection).catch(again),
       }
     },
     units: ['one write', 'manual commit'],
-    labels: /^> [QP] COMMIT/i,
+    labels: /^> (?:[QP]|Query) COMMIT/i,
     shows: 'wrong outcome',
   },
 ]

@@ -1,4 +1,3 @@
-import { Pool, type PoolConfig } from 'pg'
 import type { ContextOptions } from '../../../src/context.ts'
 import {
   type AmbientDatabase,
@@ -10,6 +9,7 @@ import {
 import type { WireProxy } from '../../support/proxy.ts'
 import type { Library } from '../libraries.ts'
 import type { Mutate } from './mutants.ts'
+import type { Place, Server } from './server.ts'
 import type { WireLog } from './wire-log.ts'
 
 export type DatabaseName = 'main' | 'other'
@@ -48,14 +48,15 @@ type Labels = readonly string[] | Partial<Record<DatabaseName, readonly string[]
 const timeouts = { acquireTimeout: 500, settleTimeout: 300, blockTimeout: 2000 }
 const poolSize = 2
 
-const insert = 'insert into markers (run, label) values ($1, $2)'
-
 interface StageOptions {
   readonly library: Library
+  readonly server: Server
+  readonly place: Place
   readonly run: string
   readonly proxy: WireProxy
   readonly log: WireLog
-  readonly pool: PoolConfig
+  /** What the unit asks of its pools. */
+  readonly pool: object
   readonly mutate: Mutate
   /** Whether the connection is stalled rather than cut: then an answer and a time-out can cross. */
   readonly lenience: number
@@ -89,21 +90,20 @@ export class Stage {
   #database(name: DatabaseName): AmbientDatabase<unknown, unknown> {
     const known = this.#defined.get(name)
     if (known) return known
-    const { library, proxy, log, pool, mutate, run } = this.#options
+    const { library, place, proxy, log, pool, mutate, run } = this.#options
     const url = new URL(proxy.url)
     if (name === 'other') url.pathname += '_other'
-    const config = {
-      connectionString: url.href,
-      application_name: `${run}-${name}`,
-      max: poolSize,
-      stream: log.socketFor(name),
-      ...pool,
-    }
-    const adapter = mutate(library.adapter(() => new Pool(config)))
     const { resolvable } = library
+    const options = { url: url.href, run, database: name, size: poolSize, log, more: pool }
+    const adapter = mutate(library.adapter(() => place.makePool(options) as never)) // each library gets a pool of its driver
     const database = defineDatabase({ name, adapter, resolvable, ...timeouts, onHookError: () => {} })
     this.#defined.set(name, database)
     return database
+  }
+
+  /** The SQL of this server. */
+  get sql(): Server {
+    return this.#options.server
   }
 
   execute = (sql: string, parameters: unknown[] = []): Promise<unknown> =>
@@ -111,10 +111,10 @@ export class Stage {
 
   /** Writes a marker row in the session of the context. */
   write = (label: string, database: DatabaseName = 'main'): Promise<unknown> =>
-    this.#options.library.execute(this.#database(database).db, insert, [this.#options.run, label])
+    this.#options.library.execute(this.#database(database).db, this.sql.insert, [this.#options.run, label])
 
   writeIn = (session: AmbientSession<unknown>, label: string): Promise<unknown> =>
-    this.#options.library.execute(session.db, insert, [this.#options.run, label])
+    this.#options.library.execute(session.db, this.sql.insert, [this.#options.run, label])
 
   read = (database: DatabaseName = 'main'): Promise<unknown> =>
     this.#options.library.execute(this.#database(database).db, 'select count(*) from numbers', [])
@@ -126,7 +126,7 @@ export class Stage {
   /** A transaction of the library's own, which writes markers. */
   transaction = (labels: readonly string[]): Promise<unknown> =>
     this.#options.library.transaction(this.main.db, async (execute) => {
-      for (const label of labels) await execute(insert, [this.#options.run, label])
+      for (const label of labels) await execute(this.sql.insert, [this.#options.run, label])
     })
 
   /** A context whose outcome is the outcome of `labels`. */

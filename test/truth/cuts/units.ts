@@ -1,13 +1,17 @@
 import type { PoolConfig } from 'pg'
 import type { CurrentTransaction } from '../../../src/atomic.ts'
 import { openContext } from '../../../src/index.ts'
+import type { Server } from './server.ts'
 import type { Stage } from './stage.ts'
 
 /** A piece of work as users write it. What it says by `report`, `committed` and `rolledBack` is judged against the rows. */
 export interface Unit {
   readonly name: string
+  /** What it asks of its pools; only those of `pg` have it. */
   readonly pool?: PoolConfig & { pipeline?: boolean }
   readonly streams?: true
+  /** The server must be able to refuse a COMMIT. */
+  readonly spoils?: true
   run(stage: Stage): Promise<unknown>
 }
 
@@ -26,7 +30,12 @@ function block(stage: Stage, current: CurrentTransaction, label: string): Promis
   return stage.main.atomic(() => stage.write(label), { current })
 }
 
-export const units: readonly Unit[] = [
+/** Those that a server can play. */
+export function unitsFor({ name, spoilCommit }: Server): readonly Unit[] {
+  return units.filter(({ pool, spoils }) => (!pool || name === 'PostgreSQL') && (!spoils || spoilCommit !== undefined))
+}
+
+const units: readonly Unit[] = [
   { name: 'one write', run: (stage) => stage.unit(['a'], () => stage.write('a')) },
   {
     name: 'several writes',
@@ -86,10 +95,11 @@ export const units: readonly Unit[] = [
   },
   {
     name: 'commit refused',
+    spoils: true,
     run: (stage) =>
       stage.unit(['a'], async () => {
         await stage.write('a')
-        await stage.execute('insert into deferred (id) values (1), (1)')
+        await stage.execute(stage.sql.spoilCommit ?? '')
       }),
   },
   {
@@ -226,7 +236,7 @@ export const units: readonly Unit[] = [
         const retried = stage.main.atomic(
           async () => {
             await stage.write(`a${++attempt}`)
-            if (attempt === 1) await stage.execute("do $$ begin raise sqlstate '40001'; end $$")
+            if (attempt === 1) await stage.execute(stage.sql.conflict)
           },
           { retry: { attempts: 2 } },
         )
@@ -366,7 +376,7 @@ export const units: readonly Unit[] = [
         async () => {
           await stage.write('a')
           setTimeout(() => controller.abort(), 30)
-          await stage.execute('select pg_sleep(0.3)')
+          await stage.execute(stage.sql.sleep)
           await new Promise(() => {}) // the signal is the only end
         },
         { signal: controller.signal },

@@ -8,7 +8,10 @@ export interface Boundary {
   readonly occurrence: number
 }
 
-/** Something that the client asked, and that the server answers with one `ReadyForQuery`. */
+/** Hears what is asked; returns what is called when the answer has come in full. */
+export type Tap = (sql: string) => () => void
+
+/** Something that the client asked, and that the server answers. */
 interface Question {
   readonly kind: 'commit' | 'begin' | 'other'
   readonly database: DatabaseName
@@ -26,10 +29,21 @@ export class WireLog {
 
   constructor(proxy: WireProxy) {
     const note = ({ label }: { label: string }) => {
-      this.labels.push(label)
+      this.labels.push(sameInEveryRun(label))
       return false
     }
     proxy.at(note, 'reset', { when: 'before' })
+  }
+
+  /** Notes what is asked on `database`. */
+  tap(database: DatabaseName): Tap {
+    return (sql) => {
+      const question: Question = { kind: kindOf(sql), database }
+      this.#questions.push(question)
+      return () => {
+        question.answeredAt ??= performance.now()
+      }
+    }
   }
 
   /** Makes the sockets of a pool, for its option `stream`. */
@@ -57,7 +71,7 @@ export class WireLog {
       return { label, occurrence }
     })
     return all.filter(({ label }, index) => {
-      const repeats = label === '< S' || label === '< D'
+      const repeats = /^< (?:S|D|Row|Column|Param)$/.test(label)
       return !(repeats && labels[index - 1] === label && labels[index + 1] === label)
     })
   }
@@ -122,7 +136,12 @@ class TappedSocket extends Socket {
   }
 }
 
+/** The label without what is another in every run: its name, where parameters stand in the text, and numbers of connections. */
+export function sameInEveryRun(label: string): string {
+  return label.replace(/'run\d+'/, "'run'").replace(/(?<=KILL QUERY )\d+/, '…')
+}
+
 function kindOf(sql: string): Question['kind'] {
   if (/^commit\b/i.test(sql)) return 'commit'
-  return /^begin\b/i.test(sql) ? 'begin' : 'other'
+  return /^(?:begin|start)\b/i.test(sql) ? 'begin' : 'other'
 }
