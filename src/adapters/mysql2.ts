@@ -247,13 +247,10 @@ function guardTransaction(
   callback: Callback,
 ): Callback {
   const noSuchSavepoint = 1305
-  let made = true
-  send('SAVEPOINT ambient_guard', (error) => {
-    made = !error
-  })
+  send('SAVEPOINT ambient_guard', () => {})
   return (...answer) => {
     send('RELEASE SAVEPOINT ambient_guard', (error) => {
-      if (made && (error as { errno?: number } | null)?.errno === noSuchSavepoint) watch.transaction = 'ended'
+      if ((error as { errno?: number } | null)?.errno === noSuchSavepoint) watch.transaction = 'ended'
       callback(...answer)
     })
   }
