@@ -27,6 +27,7 @@ export class Ending<Connection> {
     try {
       while (await (abortion ? Promise.race([this.prepare(), abortion.promise]) : this.prepare()));
       if (abortion?.error) throw abortion.error
+      this.#session.assertAccepts() // its context may have ended in between
     } catch (error) {
       stateOutcome(error, await this.rollback(transaction, error, abortion?.error !== undefined))
       throw error

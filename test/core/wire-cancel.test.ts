@@ -182,6 +182,28 @@ describe('C8 contexts', () => {
     expect(await wire.ids()).toEqual([1])
   })
 
+  it.each([
+    ['commit()', (main: ReturnType<typeof wire.define>) => main.commit()],
+    ["closeSession('commit')", (main: ReturnType<typeof wire.define>) => main.closeSession('commit')],
+    ['a block', (main: ReturnType<typeof wire.define>) => main.atomic(() => {}, { current: 'append' })],
+  ])('C8 sends no COMMIT for %s that was called right before the signal fired', async (_, commit) => {
+    const main = wire.define({ pool: { max: 1 } })
+    const abort = new AbortController()
+    let committing: Promise<unknown> = Promise.resolve()
+    const work = newContext(
+      async () => {
+        await main.db.query('insert into t values (1)')
+        committing = failure(commit(main))
+        abort.abort()
+        await committing
+      },
+      { signal: abort.signal },
+    )
+    expect(await failure(work)).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+    expect(await committing).toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
+    await expectNothingLeft(main)
+  })
+
   it('C8 awaits a COMMIT that was sent by hand, neither cancels nor disowns it', async () => {
     const main = wire.define({ pool: { max: 1 } })
     const abort = new AbortController()
