@@ -45,6 +45,12 @@ export function pgAdapter<Engine extends Pool>(
     answer.then(over, over)
     return answer
   }
+  const end = (client: PoolClient, text: 'COMMIT' | 'ROLLBACK') => {
+    const watch = watchOf(client)
+    watch.begun = false
+    watch.ended = false
+    return control(client, text)
+  }
   return {
     capabilities: (pool) => ({
       savepoints: true,
@@ -83,17 +89,17 @@ export function pgAdapter<Engine extends Pool>(
     },
     begin(client, settings) {
       const watch = watchOf(client)
+      watch.begun = true
       watch.savepoint = false
-      watch.ended = false
       return client.query(`BEGIN${transactionModes(settings)}`)
     },
     async commit(client) {
-      const { command } = await control(client, 'COMMIT')
+      const { command } = await end(client, 'COMMIT')
       if (command === 'COMMIT') return 'committed'
       if (command === 'ROLLBACK') return 'rolled-back'
       throw new Error(`COMMIT was answered with ${command}: the connection is out of step.`) // so it is no answer
     },
-    rollback: (client) => control(client, 'ROLLBACK'),
+    rollback: (client) => end(client, 'ROLLBACK'),
     savepoint: (client, name) => control(client, `SAVEPOINT ${name}`),
     rollbackTo: (client, name) => control(client, `ROLLBACK TO SAVEPOINT ${name}`),
     releaseSavepoint: (client, name) => control(client, `RELEASE SAVEPOINT ${name}`),
@@ -121,21 +127,23 @@ export function pgAdapter<Engine extends Pool>(
 interface Watch {
   /** Who holds it, and wants to hear that it is lost. */
   onLost: ((error: Error) => void) | undefined
+  /** A transaction of ours was begun, and is not to end yet. */
+  begun: boolean
   /** What is under way is control of ours. */
   own: boolean
   /** SQL of the user's has made a savepoint, so a ROLLBACK of his may be one to it. */
   savepoint: boolean
-  /** SQL of the user's has ended the transaction, though there is one again (`COMMIT; BEGIN`, `COMMIT AND CHAIN`). */
+  /** SQL of the user's has ended our transaction, though there is one again (`COMMIT; BEGIN`, `COMMIT AND CHAIN`). */
   ended: boolean
 }
 
 /** Listens for the loss of `client`, and reads the tags of the statements that complete on it. */
 function watchClient(client: PoolClient): Watch {
-  const watch: Watch = { onLost: undefined, own: false, savepoint: false, ended: false }
+  const watch: Watch = { onLost: undefined, begun: false, own: false, savepoint: false, ended: false }
   client.on('error', (error) => watch.onLost?.(error))
   const { connection } = client as PoolClient & { connection: EventEmitter } // not in the types of pg
   connection.on('commandComplete', ({ text }: { text: string }) => {
-    if (watch.own) return
+    if (watch.own || !watch.begun) return
     if (text === 'SAVEPOINT') watch.savepoint = true
     else if (text === 'COMMIT' || (text === 'ROLLBACK' && !watch.savepoint)) watch.ended = true
   })

@@ -390,6 +390,16 @@ describe('S10 finds out that SQL has ended the transaction', () => {
     expect(await wire.ids()).toEqual([1, 2, 3])
   })
 
+  it('S10 leaves no transaction open that SQL began after it had ended one, where there are none', async () => {
+    const main = wire.define({ pool: { max: 1 }, transaction: 'autocommit' })
+    const sneaky = 'begin; commit; begin; insert into t values (1)'
+    expect(await failure(newContext(() => main.db.query(sneaky)))).toMatchObject({
+      code: 'AMBIENT_TRANSACTION_CONTROL',
+    })
+    await newContext(() => main.db.query('insert into t values (2)'))
+    expect(await wire.ids()).toEqual([2])
+  })
+
   for (const text of ['/* x */ COMMIT', '-- x\nROLLBACK', ';COMMIT', '/**//* y **/ -- z\n ; commit and chain']) {
     it(`S10 or refuses it unsent: ${JSON.stringify(text)}`, async () => {
       const main = wire.define()
