@@ -62,6 +62,8 @@ beforeAll(async () => {
   await rows('create procedure harmless() insert into t (id) values (90)')
   await rows('create procedure committing() begin insert into t (id) values (91); commit; end')
   await rows("create procedure failing() begin commit; signal sqlstate '45000'; end")
+  await rows("create procedure conflicting() begin commit; signal sqlstate '40001'; end")
+  await rows("create procedure restarting() begin commit; start transaction; signal sqlstate '45000'; end")
   await rows('create procedure beginning() begin start transaction; insert into t (id) values (92); end')
   process.on('uncaughtExceptionMonitor', onUnexpected)
   process.on('unhandledRejection', onUnexpected)
@@ -192,6 +194,8 @@ describe('SQL that commits by itself (S10)', () => {
   it.each([
     ['DDL', 'create table t (id int)', 1050],
     ['a procedure', 'call failing()', 1644],
+    ['a procedure that looks like a conflict', 'call conflicting()', 1644],
+    ['a procedure that begins another transaction', 'call restarting()', 1644],
   ])('is noticed where it fails: %s', async (_, sql, errno) => {
     const main = define()
     const thrown: AmbientError & { cleanupErrors?: unknown } = (await failure(
