@@ -39,6 +39,8 @@ export const catalogue = {
     'Several databases cannot commit as one. Repair what did not commit by hand, or make the work repeatable.',
   AMBIENT_PROTOCOL_MISMATCH:
     'All copies of the package in one process must speak the same protocol: align their versions (`npm ls ambient-db`).',
+  AMBIENT_RESPONSE_BYPASSED:
+    'Answer through the response, which waits for the commit; for a route that speaks on its connection itself, `skip` the context.',
   AMBIENT_RESPONSE_IN_BLOCK:
     'The answer may leave only after the work is committed: send it after the block, or use `end`, which waits for the block.',
   AMBIENT_SELF_DEADLOCK:

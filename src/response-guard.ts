@@ -8,17 +8,20 @@ import {
   headersSentError,
   type Intercepted,
   type Interceptor,
+  interceptConnection,
   interceptEnd,
   interceptListeners,
   interceptorOf,
   interceptRequest,
   interceptSenders,
   interceptSetters,
+  isInterim,
   type Method,
   type Methods,
   methodsOf,
   type NodeRequest,
   type NodeResponse,
+  releaseConnection,
 } from './response.ts'
 
 /** What the guard asks of a framework. */
@@ -83,6 +86,7 @@ export class ResponseGuard implements Interceptor {
     this.#drainCount = response.listenerCount('drain')
     interceptRequest(request, this)
     interceptSenders(response, this)
+    interceptConnection(request, this)
     // Whoever replaced `on` (compression) keeps listeners for `drain` where an event of ours would not reach them.
     if (this.#methods.on !== Object.getPrototypeOf(response).on) {
       this.#drainListeners = []
@@ -102,7 +106,7 @@ export class ResponseGuard implements Interceptor {
   }
 
   call(name: Intercepted, args: unknown[]): unknown {
-    if (this.#failure && this.#isDead()) return this.#ignore(name, args)
+    if (this.#failure && this.#isInside()) return this.#ignore(name, args)
     if (this.#state === 'passing') return this.#pass(name, args)
     switch (name) {
       case 'writeHead':
@@ -155,8 +159,21 @@ export class ResponseGuard implements Interceptor {
     return currentScope() === scope ? work() : runInScope(scope, work)
   }
 
+  /**
+   * What is sent past the response cannot be held. Where nothing is to be settled it is the answer; otherwise its sender is told.
+   * Node itself sends so as well: interim answers, and outside of the context what it says to requests that it cannot read.
+   */
+  bypass(chunk: unknown): void {
+    if (this.#state === 'passing' || isInterim(chunk) || !this.#isInside()) return
+    if (this.#state === 'open' && this.#context.settleUntouched('commit')) return void this.#release()
+    throw new AmbientError(
+      'AMBIENT_RESPONSE_BYPASSED',
+      'Something was sent past the response of a request before its context had settled.',
+    )
+  }
+
   get headersSent(): boolean {
-    if (this.#failure && this.#isDead()) return false
+    if (this.#failure && this.#isInside()) return false
     return this.#state === 'passing' ? this.#native('headersSent') : this.#begun
   }
 
@@ -234,7 +251,7 @@ export class ResponseGuard implements Interceptor {
   /** Lets everything out that was held; true if a writer waits for a `drain` that Node will not emit. */
   #release(): boolean {
     let drain = false
-    this.#state = 'passing'
+    this.#letPass()
     // What it was settled by, whatever was assigned since: Node would have sent it by now.
     if (this.#head !== undefined && !this.#native('headersSent')) this.#response.statusCode = this.#head
     for (const [name, args] of this.#held.splice(0)) {
@@ -242,6 +259,11 @@ export class ResponseGuard implements Interceptor {
       if (name === 'write') drain = result !== false
     }
     return drain && !this.#ended
+  }
+
+  #letPass(): void {
+    this.#state = 'passing'
+    releaseConnection(this.#request, this)
   }
 
   #released(): void {
@@ -264,7 +286,7 @@ export class ResponseGuard implements Interceptor {
   /** The context did not settle as it should: another answer is due. */
   #fail(error: unknown): void {
     this.#takeBack(this.#thrown?.error ?? error)
-    this.#state = 'passing'
+    this.#letPass()
     if (this.#thrown || !this.#isAbortion(error)) this.#report(this.#failure?.error) // otherwise nobody is left to be answered
   }
 
@@ -329,7 +351,7 @@ export class ResponseGuard implements Interceptor {
   /** The client went before the answer: the work is rolled back (H4). */
   #onClose(): void {
     if (this.#state === 'passing') return
-    if (this.#state === 'open') this.#state = 'passing'
+    if (this.#state === 'open') this.#letPass()
     this.#context.abort(new AmbientError('AMBIENT_ABORTED', 'The client went away before it was answered.'))
   }
 
@@ -339,8 +361,8 @@ export class ResponseGuard implements Interceptor {
     return abortion !== undefined && (error === abortion || (error as Error | undefined)?.cause === abortion)
   }
 
-  /** Whether the running code belongs to the context of the answer that was given up. */
-  #isDead(): boolean {
+  /** Whether the running code belongs to the context; once its answer was given up it is ignored. */
+  #isInside(): boolean {
     for (const { context } of enclosingScopes()) if (context === this.#context) return true
     return false
   }

@@ -32,7 +32,31 @@ export interface NodeResponse extends Methods {
 export interface NodeRequest {
   emit: Method
   readonly httpVersionMajor: number
-  readonly socket: { readonly destroyed: boolean } | null | undefined
+  readonly socket: NodeSocket | null | undefined
+  /** Of `http2`. */
+  readonly stream?: NodeStream
+  [key]?: Interceptor
+}
+
+/** What a response is written to in the end. */
+interface Destination {
+  listenerCount(event: string): number
+  destroy(error: unknown): unknown
+}
+
+/** A connection; what stands in for one in tests may have no writer. */
+interface NodeSocket extends Destination {
+  readonly destroyed: boolean
+  write?: Method
+  end?: Method
+  /** Those whose answers have not left. */
+  [key]?: Set<Interceptor>
+}
+
+/** Calls of a stream of `http2` that send an answer, past the response that is built on it. */
+const streamSenders = ['respond', 'respondWithFD', 'respondWithFile', 'write', 'end'] as const
+
+interface NodeStream extends Destination, Record<(typeof streamSenders)[number], Method> {
   [key]?: Interceptor
 }
 
@@ -44,6 +68,8 @@ export interface Interceptor {
   on(args: unknown[]): unknown
   emit(args: unknown[]): unknown
   emitRequest(args: unknown[]): unknown
+  /** Throws if nothing may be sent past the response yet. */
+  bypass(chunk: unknown): void
 }
 
 /** The interceptor of `response`, if it has one. */
@@ -108,6 +134,37 @@ export function interceptListeners(response: NodeResponse): void {
   response.on = on
 }
 
+/** Puts it before what is sent past the response, on the connection itself. */
+export function interceptConnection({ socket, stream, httpVersionMajor }: NodeRequest, interceptor: Interceptor): void {
+  if (httpVersionMajor === 2) {
+    if (!stream) return
+    stream[key] = interceptor
+    for (const name of streamSenders) stream[name] = streamInterceptors[name]
+  } else if (typeof socket?.write === 'function') {
+    socket[key] ??= interceptSocket(socket)
+    socket[key].add(interceptor)
+  }
+}
+
+/** The answer may leave: what is sent past the response is its user's affair. */
+export function releaseConnection({ socket, httpVersionMajor }: NodeRequest, interceptor: Interceptor): void {
+  if (httpVersionMajor !== 2) socket?.[key]?.delete(interceptor)
+}
+
+/** Done once: a connection serves many requests, perhaps several at a time. */
+function interceptSocket(socket: NodeSocket): Set<Interceptor> {
+  const interceptors = new Set<Interceptor>()
+  for (const name of ['write', 'end'] as const) {
+    const send = socket[name]
+    if (!send) continue
+    socket[name] = function (this: NodeSocket, ...args) {
+      for (const interceptor of interceptors) if (isRefused(this, interceptor, name, args[0])) return false
+      return send.apply(this, args)
+    }
+  }
+  return interceptors
+}
+
 // The same functions in the same order keep all responses of one shape.
 
 const interceptors = Object.fromEntries(
@@ -118,6 +175,34 @@ const interceptors = Object.fromEntries(
     },
   ]),
 ) as Record<Intercepted, Method> // by their names
+
+const streamInterceptors = Object.fromEntries(
+  streamSenders.map((name) => [
+    name,
+    function (this: NodeStream, ...args: unknown[]) {
+      if (this[key] && isRefused(this, this[key], name, args[0])) return false
+      return Reflect.get(Object.getPrototypeOf(this), name).apply(this, args)
+    },
+  ]),
+) as Record<(typeof streamSenders)[number], Method> // by their names
+
+/** Whoever sends is told; but in a source that pipes it would be an uncaught exception. */
+function isRefused(destination: Destination, interceptor: Interceptor, name: string, chunk: unknown): boolean {
+  if (name === 'end' && (!chunk || typeof chunk === 'function')) return false // nothing is sent by it
+  try {
+    interceptor.bypass(chunk)
+    return false
+  } catch (error) {
+    if (destination.listenerCount('unpipe') === 0) throw error
+    destination.destroy(error)
+    return true
+  }
+}
+
+/** An interim answer (1xx) as text, which Node writes past the response. */
+export function isInterim(chunk: unknown): boolean {
+  return typeof chunk === 'string' && chunk.startsWith('HTTP/1.1 1')
+}
 
 function emit(this: NodeResponse, ...args: unknown[]): unknown {
   return this[key]?.emit(args)

@@ -940,6 +940,38 @@ export const frameworkSuite: readonly FrameworkCase[] = [
     assert.equal((await client.answer()).body, 'next')
   }),
 
+  defineOnNode('H1 refuses what is sent past the response while there is something to commit', async (suite) => {
+    const { codes, attempt } = attempts()
+    const answer = 'HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\npast'
+    const port = await suite.start({
+      routes: {
+        '/': async ({ node }) => {
+          const { request, response } = node ?? suite.fail()
+          await suite.insert('a')
+          attempt(() => response.socket?.write(answer))
+          attempt(() => request.socket.write(Buffer.from(answer)))
+          attempt(() => response.socket?.end(answer))
+          await newContext(async () => attempt(() => response.socket?.write(answer)))
+          response.writeProcessing()
+          return { body: 'good' }
+        },
+        '/untouched': async ({ node }) => {
+          const { response } = node ?? suite.fail()
+          response.socket?.end(answer)
+          return undefined
+        },
+      },
+    })
+    const client = await suite.open(port)
+    client.send({ path: '/' })
+    const { body, interim } = await client.answer()
+    assert.deepEqual([body, interim], ['good', [102]])
+    assert.deepEqual(codes, Array<string>(4).fill('AMBIENT_RESPONSE_BYPASSED'))
+    assert.deepEqual(await suite.rows(), ['a'])
+    client.send({ path: '/untouched' })
+    assert.equal((await client.answer()).body, 'past')
+  }),
+
   defineOnNode('H6 keeps the context in raw events of the request', async (suite) => {
     const port = await suite.start({
       routes: {

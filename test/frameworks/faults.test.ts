@@ -195,6 +195,12 @@ const faults: Record<string, Fault> = {
     }),
     breaks: ['H5 says at once what is wrong with a head or a chunk'],
   },
+  'does not watch the connection': {
+    wrap: tampering((_response, { socket }) => {
+      for (const name of ['write', 'end']) Reflect.deleteProperty(socket, name)
+    }),
+    breaks: ['H1 refuses what is sent past the response while there is something to commit'],
+  },
   'takes an interim answer for the answer': {
     wrap: tampering((response) => {
       response.writeProcessing = () => response.flushHeaders()

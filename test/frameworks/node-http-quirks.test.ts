@@ -384,6 +384,75 @@ describe('node:http without error handling of its own', () => {
     expect(drains).toBe(0)
   })
 
+  it('H1 rolls back when what was sent past the response is refused', async () => {
+    const client = await start(async (_request, response) => {
+      await note('a')
+      response.socket?.end('HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n')
+    })
+    client.send({ path: '/' })
+    expect((await client.answer()).status).toBe(500)
+    await nextTurn()
+    expect(warnings).toMatchObject([{ message: expect.stringMatching(/sent past the response/) }])
+    expect(await notes()).toEqual([])
+  })
+
+  it('H1 refuses it while the answer waits for the commit as well', async () => {
+    const client = await start(async (_request, response) => {
+      await note('a')
+      response.end('good')
+      response.socket?.write('HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n')
+    })
+    client.send({ path: '/' })
+    expect((await client.answer()).status).toBe(500)
+    expect(await notes()).toEqual([])
+  })
+
+  it('H1 closes the connection that a source pipes into past the response', async () => {
+    const client = await start(async (_request, response) => {
+      await note('a')
+      Readable.from(['HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n']).pipe(response.socket as Socket)
+    })
+    client.send({ path: '/' })
+    await client.closed
+    expect(client.pending).toBe('')
+    while ((await openTransactions()) > 0) await nextTurn()
+    expect(await notes()).toEqual([])
+  })
+
+  it('H1 leaves the connection to who takes it behind the head, and to the requests that follow', async () => {
+    const client = await start(async (request, response) => {
+      await note(request.url ?? '')
+      if (request.url === '/plain') return response.end('good')
+      response.writeHead(200, { 'content-length': 7 }).flushHeaders()
+      while ((await notes()).length === 0) await nextTurn()
+      await nextTurn()
+      response.socket?.write('by hand')
+      return response.end()
+    })
+    client.send({ path: '/' })
+    expect((await client.answer()).body).toBe('by hand')
+    client.send({ path: '/plain' })
+    expect((await client.answer()).body).toBe('good')
+    expect(await notes()).toEqual(['/', '/plain'])
+  })
+
+  it('H1 lets Node answer what it cannot read, though a request is open on the connection', async () => {
+    let entered = () => {}
+    const inside = new Promise<void>((resolve) => {
+      entered = resolve
+    })
+    const client = await start(async () => {
+      await note('a')
+      entered()
+    })
+    client.send({ path: '/' })
+    await inside
+    client.socket.write('this is no request\r\n\r\n')
+    expect((await client.answer()).status).toBe(400)
+    while ((await openTransactions()) > 0) await nextTurn()
+    expect(await notes()).toEqual([])
+  })
+
   it('H6 lets events of the response run in the context', async () => {
     const codes: unknown[] = []
     const client = await start((_request, response) => {
@@ -472,6 +541,36 @@ describe('node:http2', () => {
     })
     const { status, head, body, trailers } = await ask(session)
     expect([status, head['set-cookie'], body, trailers]).toEqual([500, undefined, 'Internal Server Error', []])
+  })
+
+  it('H1 refuses an answer on the stream itself while there is something to commit', async () => {
+    const codes: unknown[] = []
+    const session = await startHttp2(async (request, response) => {
+      const attempt = (act: () => unknown) => {
+        try {
+          act()
+        } catch (error) {
+          codes.push((error as { code?: unknown }).code)
+        }
+      }
+      await note('a')
+      attempt(() => request.stream.respond({ ':status': 200 }))
+      attempt(() => response.stream.write('past'))
+      attempt(() => response.stream.end('past'))
+      response.end('good')
+    })
+    const { status, body, committed } = await ask(session)
+    expect([status, body, committed]).toEqual([200, 'good', ['a']])
+    expect(codes).toEqual(Array(3).fill('AMBIENT_RESPONSE_BYPASSED'))
+  })
+
+  it('H1 takes an answer on the stream itself where nothing was touched', async () => {
+    const session = await startHttp2((_request, response) => {
+      response.stream.respond({ ':status': 202 })
+      response.stream.end('past')
+    })
+    const { status, body } = await ask(session)
+    expect([status, body]).toEqual([202, 'past'])
   })
 
   it('H4 rolls back when the client resets the stream', async () => {
