@@ -1,5 +1,6 @@
-import { Socket } from 'node:net'
+import type { Socket } from 'node:net'
 import type { WireProxy } from '../../support/proxy.ts'
+import { TappedSocket } from '../tapped-socket.ts'
 import type { DatabaseName } from './stage.ts'
 
 /** A place in the conversation of a unit of work: the n-th message with this label. */
@@ -48,7 +49,8 @@ export class WireLog {
 
   /** Makes the sockets of a pool, for its option `stream`. */
   socketFor(database: DatabaseName): () => Socket {
-    return () => new TappedSocket(database, this.#questions)
+    const asked = this.tap(database)
+    return () => new TappedSocket({ asked })
   }
 
   /** What was asked on `database` and has no answer, or only since `lenience` ms. */
@@ -74,65 +76,6 @@ export class WireLog {
       const repeats = /^< (?:S|D|Row|Column|Param)$/.test(label)
       return !(repeats && labels[index - 1] === label && labels[index + 1] === label)
     })
-  }
-}
-
-/** The socket of one client, which notes what is asked through it and what is answered. */
-class TappedSocket extends Socket {
-  readonly #database: DatabaseName
-  readonly #questions: Question[]
-  /** Those without an answer, in order. The first answer is that to the start-up. */
-  readonly #open: (Question | undefined)[] = [undefined]
-  #prepared: Question['kind'] = 'other'
-  #unread = Buffer.alloc(0)
-
-  constructor(database: DatabaseName, questions: Question[]) {
-    super()
-    this.#database = database
-    this.#questions = questions
-    this.prependListener('data', (chunk) => this.#received(chunk))
-    this.once('connect', () => {
-      // Not a method of the class: `connect` puts the one of `Socket` in its place.
-      this.write = (chunk: Buffer, ...rest: never[]): boolean => {
-        if (!this.destroyed && this.writable) this.#sent(chunk)
-        return super.write(chunk, ...rest)
-      }
-    })
-  }
-
-  /** The driver writes one message, or several that belong together, at a time. */
-  #sent(chunk: Buffer): void {
-    for (let at = 0; at + 5 <= chunk.length; ) {
-      const type = String.fromCharCode(chunk[at] as number)
-      if (type === '\0') return // the start-up has no type
-      const length = chunk.readInt32BE(at + 1) + 1
-      const text = chunk.toString('latin1', at + 5, at + length)
-      if (type === 'Q') this.#ask(kindOf(text))
-      if (type === 'P') this.#prepared = kindOf(text.slice(text.indexOf('\0') + 1))
-      if (type === 'S') this.#ask(this.#prepared)
-      at += length
-    }
-  }
-
-  #ask(kind: Question['kind']): void {
-    const question: Question = { kind, database: this.#database }
-    this.#questions.push(question)
-    this.#open.push(question)
-  }
-
-  #received(chunk: Buffer): void {
-    this.#unread = Buffer.concat([this.#unread, chunk])
-    while (this.#unread.length >= 5) {
-      const length = this.#unread.readInt32BE(1) + 1
-      if (this.#unread.length < length) return
-      const message = this.#unread.subarray(0, length)
-      this.#unread = this.#unread.subarray(length)
-      const type = String.fromCharCode(message[0] as number)
-      const [asked] = this.#open
-      const refusal = type === 'E' && !message.includes('C57P')
-      if (asked && (refusal || type === 'Z')) asked.answeredAt ??= performance.now()
-      if (type === 'Z') this.#open.shift()
-    }
   }
 }
 
