@@ -17,6 +17,7 @@ const config: KnipConfig = {
     'test/mutation/run.ts',
     'test/mutation/sampler.ts',
     'test/mutation/vitest.config.ts',
+    'test/truth/audit/app.ts',
     'scripts/test.ts',
     'scripts/test-node.ts',
     'scripts/vitest-reporter.ts',

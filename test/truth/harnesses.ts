@@ -1,4 +1,5 @@
+import { audit } from './audit/audit.ts'
 import { cuts } from './cuts/cuts.ts'
 import type { Harness } from './harness.ts'
 
-export const harnesses: readonly Harness[] = [cuts]
+export const harnesses: readonly Harness[] = [cuts, audit]

@@ -1,0 +1,122 @@
+import { createServer, type IncomingMessage, type RequestListener, type ServerResponse } from 'node:http'
+import { createServer as createHttp2Server } from 'node:http2'
+import type { AddressInfo, Server } from 'node:net'
+import { pipeline, Readable } from 'node:stream'
+import { text } from 'node:stream/consumers'
+import express from 'express'
+import express4 from 'express4'
+import { databaseContext as expressContext } from '../../../src/frameworks/express.ts'
+import { databaseContext } from '../../../src/frameworks/node-http.ts'
+import type { DatabaseContextOptions } from '../../../src/request.ts'
+import { type Answer, Recoverable } from './styles.ts'
+
+/** What is served: each framework lets its own kind of handler call it, and sends what it answers in its own way. */
+export interface App {
+  /** Options of the middleware. */
+  readonly options: DatabaseContextOptions<{ readonly url?: string | undefined }>
+  /** Does what the URL and the JSON body of a request ask for. */
+  handle(url: string, body: unknown): Promise<Answer>
+  /** What the framework's own error handling answers. */
+  explain(error: unknown): Answer
+}
+
+/** A server that listens on a port of 127.0.0.1. */
+export interface Served {
+  readonly port: number
+  /** Takes no new connection; resolves when the last one is closed. */
+  close(): Promise<void>
+}
+
+/** A framework under audit. One entry in {@link frameworks} adds one. */
+export interface Framework {
+  readonly name: string
+  readonly protocol: 'http1' | 'http2'
+  serve(app: App): Promise<Served>
+}
+
+function onNode(
+  name: string,
+  protocol: Framework['protocol'],
+  create: (listener: RequestListener) => Server,
+): Framework {
+  const serve = (app: App) => {
+    const handler = async (request: IncomingMessage, response: ServerResponse) => {
+      const body: unknown = JSON.parse(await text(request))
+      const answer = await app.handle(request.url ?? '', body).catch((error) => {
+        if (error instanceof Recoverable) return error.answer // there is no error handling behind the handler to do it
+        throw error
+      })
+      send(answer, response)
+    }
+    const onError = (error: unknown, _request: unknown, response: ServerResponse) => {
+      if (!response.headersSent) send(app.explain(error), response)
+    }
+    return listen(create(databaseContext(handler, { ...app.options, onError })))
+  }
+  return { name, protocol, serve }
+}
+
+/** Sends an answer by Node's own means. */
+function send({ status, location, body }: Answer, response: ServerResponse): void {
+  if (location !== undefined) response.setHeader('location', location)
+  if (body instanceof Readable) {
+    pipeline(body, response.writeHead(status), () => {})
+  } else {
+    response.writeHead(status, body && { 'content-type': 'application/json' })
+    response.end(body && JSON.stringify(body))
+  }
+}
+
+/** A middleware of Express, true or not. */
+export type ExpressMiddleware = (options: App['options']) => express.RequestHandler
+
+export function onExpress(name: string, framework: typeof express, middleware: ExpressMiddleware): Framework {
+  const reply = ({ status, location, body }: Answer, response: express.Response) => {
+    if (location !== undefined) response.redirect(status, location)
+    else if (body instanceof Readable) pipeline(body, response.status(status), () => {})
+    else if (body) response.status(status).json(body)
+    else response.status(status).end()
+  }
+  const serve = (app: App) => {
+    const server = framework()
+    server.use(middleware(app.options), framework.json())
+    server.post('/callback/:request', (request, response, next) => {
+      app.handle(request.originalUrl, request.body).then((answer) => reply(answer, response), next)
+    })
+    server.use(async (request, response, next) => {
+      try {
+        reply(await app.handle(request.originalUrl, request.body), response)
+      } catch (error) {
+        next(error)
+      }
+    })
+    // What fails in an error handler, and so the commit of an answer that one gave, goes to those behind it.
+    server.use((error: unknown, _request: unknown, response: express.Response, next: express.NextFunction) => {
+      if (error instanceof Recoverable) reply(error.answer, response)
+      else next(error)
+    })
+    server.use((error: unknown, _request: unknown, response: express.Response, next: express.NextFunction) => {
+      if (response.headersSent) next(error)
+      else reply(app.explain(error), response)
+    })
+    return listen(createServer(server))
+  }
+  return { name, protocol: 'http1', serve }
+}
+
+export const frameworks: readonly Framework[] = [
+  onNode('node:http', 'http1', createServer),
+  onNode('node:http2', 'http2', (listener) => createHttp2Server().on('request', listener)),
+  onExpress('Express 4', express4 as unknown as typeof express, expressContext), // the calls are the same in both
+  onExpress('Express 5', express, expressContext),
+]
+
+/** Listens on a free port, and keeps connections that wait for their client on a busy machine. */
+async function listen(server: Server): Promise<Served> {
+  Object.assign(server, { keepAliveTimeout: 120_000 })
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
+  return {
+    port: (server.address() as AddressInfo).port, // of TCP
+    close: () => new Promise((resolve) => server.close(() => resolve())),
+  }
+}
