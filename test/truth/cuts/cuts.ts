@@ -20,7 +20,14 @@ import { type Unit, unitsFor } from './units.ts'
 
 type Kind = Violation['kind']
 
-const measuredInTime: readonly Kind[] = ['unreached', 'lost slot', 'hang', 'open transaction', 'leaked socket']
+const measuredInTime: readonly Kind[] = [
+  'unreached',
+  'lost slot',
+  'hang',
+  'open transaction',
+  'leaked socket',
+  'unresolved',
+]
 
 /** A kind of server, and the libraries that are tried on it. */
 interface Group {
