@@ -180,14 +180,9 @@ export class Context implements AmbientContext, Unit {
     return this.#fenced
   }
 
-  /** The running code gets nothing from it any more. */
+  /** Ended, or ending: the running code gets nothing from it any more, unless it is a hook of its sessions. */
   get refuses(): boolean {
     return this.#fenced && (this.#sealed || !insideHook(this))
-  }
-
-  /** Ended, or ending: only the hooks of its sessions may still open one. */
-  get closedToNewSessions(): boolean {
-    return this.#state !== 'open' && (this.#state !== 'settling' || this.refuses)
   }
 
   get streams(): Unit['streams'] {
@@ -468,7 +463,7 @@ export function openContext(options: ContextOptions = {}): AmbientContext {
 /** Whether the running code belongs to a context that takes work. */
 export function hasContext(): boolean {
   const context = currentContext()
-  return context !== undefined && !context.closedToNewSessions
+  return context !== undefined && !context.refuses
 }
 
 /**

@@ -260,7 +260,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     }
     const known = context.peek(this) as Session<Connection> | undefined // only this database puts one under its key
     if (known) return known
-    if (context.closedToNewSessions) {
+    if (context.refuses) {
       const error = this.contextEnded(context)
       if (sessionChannel.hasSubscribers) {
         sessionChannel.publish({ type: 'refused', contextId: context.id, database: this.name, error })
