@@ -274,6 +274,27 @@ describe('beforeCommit', () => {
     expect(await notes()).toEqual(['a', 'hook', 'nested', 'sibling'])
   })
 
+  it('A6 refuses what an afterBegin hook does late', async () => {
+    const late = gate()
+    let laterOn: Promise<unknown> | undefined
+    const own = subject.define({
+      hooks: {
+        afterBegin: ({ db }) => {
+          laterOn ??= late.passed.then(() => db.query("insert into notes values ('late')"))
+        },
+      },
+    })
+    await newContext(async () => {
+      await own.db.query("insert into notes values ('a')")
+      late.open()
+      await expect(laterOn).rejects.toMatchObject({
+        code: 'AMBIENT_BLOCK_ENDED',
+        message: expect.stringContaining('AfterBegin hook has ended.'),
+      })
+    })
+    expect(await notes()).toEqual(['a'])
+  })
+
   it('K1 A6 joins what the hook did not await, and refuses what it does late', async () => {
     const late = gate()
     let laterOn: Promise<unknown> | undefined

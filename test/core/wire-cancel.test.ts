@@ -454,6 +454,17 @@ describe('C8 contexts', () => {
   })
 })
 
+it('C8 sends no COMMIT when the signal fires as soon as the end has begun', async () => {
+  const main = wire.define({ pool: { max: 1 } })
+  const abort = new AbortController()
+  const context = openContext({ signal: abort.signal })
+  await context.run(() => main.db.query('insert into t values (1)'))
+  const settled = failure(context.settle('commit'))
+  abort.abort()
+  expect(await settled).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+  await expectNothingLeft(main)
+})
+
 describe('C8 blocks', () => {
   it('C8 cancels the statement of a block at its deadline, and the session goes on', async () => {
     const main = wire.define({ pool: { max: 1 } })

@@ -95,21 +95,21 @@ describe('S10', () => {
 
 describe('S11', () => {
   it('S11 bounds the wait for a connection, and says how many are held around it', async () => {
-    const main = wire.define({ pool: { max: 2 }, acquireTimeout: 100 })
+    const main = wire.define({ pool: { max: 2 }, acquireTimeout: 500 })
     await newContext(async () => {
       await main.db.query('insert into t values (1)')
       await main.newSession(async (session) => {
         await session.db.query('insert into t values (2)')
         const error = await failure(newContext(() => main.db.query('insert into t values (3)')))
         expect(error).toMatchObject({ code: 'AMBIENT_ACQUIRE_TIMEOUT', statusCode: 503, database: 'main' })
-        expect(error.message).toMatch(/within 100 ms; this context and its parents hold 2 of them/)
+        expect(error.message).toMatch(/within 500 ms; this context and its parents hold 2 of them/)
       })
     })
     expect(await wire.ids()).toEqual([1, 2])
   })
 
   it('S11 counts only what its own context and parents hold', async () => {
-    const main = wire.define({ pool: { max: 1 }, acquireTimeout: 100 })
+    const main = wire.define({ pool: { max: 1 }, acquireTimeout: 500 })
     const [holding, release] = [gate(), gate()]
     const holder = newContext(async () => {
       await main.db.query('select 1')
