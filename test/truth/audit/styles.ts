@@ -134,8 +134,12 @@ export const styles = {
   unawaited: {
     parts: [main, { name: 'beside', database: 'main', told: 'by the answer' }],
     async handle({ write }) {
-      void write('beside').catch(() => {})
+      let failure: unknown
+      void write('beside').catch((error) => {
+        failure = error
+      })
       await write('main')
+      if (failure) throw failure // a connection that failed to open spoils no transaction, so nobody else would say it
       return made
     },
   },
