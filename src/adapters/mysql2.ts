@@ -291,13 +291,14 @@ async function leftoversOf(
   return (warnings as { Code: number; Message: string }[]).find(({ Code }) => Code === notUndone)?.Message
 }
 
-/** Cancels what runs on `connection` over a connection beside the pool. */
+/** Cancels what runs on `connection` over a connection beside the pool, which takes no longer than connecting may. */
 function killQuery(pool: Pool, { threadId }: PoolConnection): Promise<void> {
-  const config = (pool.pool.config as { connectionConfig?: unknown }).connectionConfig // not in the types of mysql2
+  const { connectionConfig: config } = pool.pool.config as { connectionConfig?: { connectTimeout?: number } } // not in the types of mysql2
   const killer = new (Connection as unknown as new (options: { config: unknown }) => Connection)({ config })
   return new Promise<void>((resolve, reject) => {
     killer.on('error', reject)
-    killer.query(`KILL QUERY ${threadId}`, (error) => (error ? reject(error) : resolve()))
+    const kill = { sql: `KILL QUERY ${threadId}`, ...(config?.connectTimeout && { timeout: config.connectTimeout }) }
+    killer.query(kill, (error) => (error ? reject(error) : resolve()))
   }).finally(() => destroy(killer))
 }
 

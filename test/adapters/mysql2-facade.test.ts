@@ -291,17 +291,21 @@ describe('streams', () => {
     await newContext(() => note('opened here'))
     await newContext(async () => {
       const session = main.session()
-      const stream = db.pool.query(numbers).stream()
       const seen = new Set<unknown>()
+      const stream = db.pool.query(numbers).stream()
       stream.on('data', () => seen.add(main.session()))
       await once(stream, 'end')
+      const query = db.pool.query(numbers)
+      query.on('result', () => seen.add(main.session()))
+      await once(query, 'end')
       expect([...seen]).toEqual([session])
     })
   })
 
   it('S9 free the session when their reader has left, once the rest has come', async () => {
+    const large = "select seq as n, repeat('x', 50000) from seq_1_to_300" // so that there is a rest
     await newContext(async () => {
-      for await (const { n } of db.pool.query(numbers).stream({ highWaterMark: 1 })) {
+      for await (const { n } of db.pool.query(large).stream({ highWaterMark: 1 })) {
         if (n === 3) break
       }
       await note('after')

@@ -1,3 +1,4 @@
+import type { Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type AmbientError, type DatabaseOptions, defineDatabase, newContext } from 'ambient-db'
 import { mysql2Adapter } from 'ambient-db/mysql2'
@@ -12,6 +13,8 @@ import { MysqlPoolProbe } from './mysql-support.ts'
 let database: MysqlDatabase
 let proxy: WireProxy
 let probes: MysqlPoolProbe[] = []
+/** Those of the pools. */
+let sockets: { readonly destroyed: boolean }[] = []
 let ends: (() => Promise<void>)[] = []
 const unexpected: unknown[] = []
 const onUnexpected = (error: unknown) => unexpected.push(error)
@@ -22,6 +25,7 @@ function define({ pool, ...options }: Options = {}) {
   const adapter = mysql2Adapter(() => {
     const made = createPool({ uri: proxy.url, connectionLimit: 2, ...pool })
     probes.push(new MysqlPoolProbe(undefined, made))
+    made.pool.on('connection', (connection) => sockets.push((connection as unknown as { stream: Socket }).stream))
     return made
   })
   const main = defineDatabase({ name: 'main', adapter, ...options } as DatabaseOptions<Pool, Pool, never>)
@@ -84,6 +88,7 @@ afterEach(async () => {
   await Promise.all(ends.map((end) => end()))
   ends = []
   probes = []
+  sockets = []
   expect(unexpected.splice(0)).toEqual([])
 })
 
@@ -353,7 +358,7 @@ describe('connections', () => {
   })
 
   it('S7 C8 are destroyed where a statement cannot be cancelled, and its promise settles', async () => {
-    const main = define()
+    const main = define({ pool: { connectionLimit: 1, connectTimeout: 2000 } })
     const held = await mysqlGate(database)
     const controller = new AbortController()
     let statement: Promise<unknown> = Promise.resolve()
@@ -372,6 +377,8 @@ describe('connections', () => {
     await expect(work).rejects.toMatchObject({ code: 'AMBIENT_ABORTED' })
     await expect(statement).rejects.toThrow('could not be cancelled')
     expect(probes[0]?.open).toBe(0)
+    expect(sockets.map(({ destroyed }) => destroyed)).toEqual([true])
+    await until(() => proxy.open === 1, 'the request to end') // the statement still runs, behind the proxy
     await held.open()
     await newContext(() => insert(main, 2))
     expect(await ids()).toEqual([2])
