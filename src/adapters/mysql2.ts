@@ -357,7 +357,7 @@ function stream({ statements, block }: Target, method: 'query' | 'execute', args
   }
   const makeStream = command.stream
   command.stream = (options) => {
-    readable = bindEmitter(makeStream.call(command, options))
+    readable = makeStream.call(command, options)
     const { destroy } = readable
     readable.destroy = (error) => {
       leave()

@@ -338,6 +338,14 @@ describe('streams', () => {
     expect(await texts()).toEqual([])
   })
 
+  it('S9 end no process when the session ends them and nobody listens', async () => {
+    await newContext(async () => {
+      await note('one')
+      await once(db.pool.query(numbers).stream({ highWaterMark: 1 }), 'readable')
+    })
+    expect(await texts()).toEqual(['one'])
+  })
+
   it('S9 keep the options of the pool, also in its first query', async () => {
     const own = createPool({ uri: database.url, rowsAsArray: true })
     const other = defineDatabase({ name: 'other', adapter: mysql2Adapter(() => own) })
