@@ -20,7 +20,8 @@ export interface Library<Handle = unknown, Engine = unknown, Connection = unknow
   }
   /** What became of a COMMIT without an answer can be found out: each is, and the answer is judged like any other. */
   readonly resolvable?: true
-  adapter(pool: () => DriverPool): Adapter<Handle, Engine, Connection>
+  /** `pool` makes the pool of its driver; it gets the host if one is configured. */
+  adapter(pool: (...host: string[]) => DriverPool): Adapter<Handle, Engine, Connection>
   execute(db: Handle, sql: string, parameters: unknown[]): Promise<unknown>
   /** The rows of table `numbers`, a few at a time. */
   stream(db: Handle): AsyncIterable<unknown>
@@ -76,7 +77,7 @@ const kyselyOverPg: Library<Kysely<Tables>> = {
 const kyselyBare: Library<Kysely<Tables>> = {
   name: 'kysely-bare',
   limits: { uncaught: true, streams: true },
-  adapter: (pool) => kyselyAdapter<Tables>(() => dialect(pool())),
+  adapter: (pool) => kyselyAdapter<Tables>((...host: string[]) => dialect(pool(...host))),
   ...kyselyHandles,
 }
 
