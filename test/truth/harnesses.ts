@@ -1,5 +1,6 @@
 import { audit } from './audit/audit.ts'
 import { cuts } from './cuts/cuts.ts'
 import type { Harness } from './harness.ts'
+import { pools } from './pools/pools.ts'
 
-export const harnesses: readonly Harness[] = [cuts, audit]
+export const harnesses: readonly Harness[] = [cuts, audit, pools]

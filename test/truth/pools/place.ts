@@ -1,0 +1,103 @@
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { DatabaseSync } from 'node:sqlite'
+import { Pool } from 'pg'
+import { createDatabaseAt } from '../../support/database.ts'
+
+/** What an engine keeps its databases on. */
+export interface Server {
+  /** A place for one case. */
+  open(run: string): Promise<Place>
+  close(): Promise<void>
+}
+
+/** Marker rows, and a connection to them that no code under test knows of. */
+export interface Place {
+  /** The connection string of a role of its own; of SQLite the file. */
+  readonly url: string
+  /** The labels of the marker rows. */
+  rows(): Promise<ReadonlySet<string>>
+  /** Whether another connection sees this row. */
+  sees(label: string): Promise<boolean>
+  /** The connections of the case, and what is open on them. */
+  connections(): Promise<readonly ServerConnection[]>
+  /** The server admits so many connections of the role, and refuses others; without a number as many as there is room for. */
+  admit(connections?: number): Promise<void>
+  close(): Promise<void>
+}
+
+export interface ServerConnection {
+  readonly inTransaction: boolean
+  /** Its state and its last statement. */
+  readonly text: string
+}
+
+/** Each place has a role of its own, so that what one case does to the server disturbs no other. */
+export async function openPostgres(serverUrl: string): Promise<Server> {
+  const database = await createDatabaseAt(serverUrl)
+  const witness = new Pool({ connectionString: database.url, application_name: 'witness', max: 4 })
+  await witness.query('create table markers (run text, label text, primary key (run, label))')
+  await witness.query('grant select, insert on markers to public')
+  return {
+    async open(run) {
+      const role = `${database.name}_${run}`
+      await witness.query(`create role ${role} login password '${role}'`)
+      const url = new URL(database.url)
+      url.username = role
+      url.password = role
+      return {
+        url: url.href,
+        async rows() {
+          const { rows } = await witness.query('select label from markers where run = $1', [run])
+          return new Set(rows.map(({ label }) => String(label)))
+        },
+        async sees(label) {
+          const { rowCount } = await witness.query('select from markers where run = $1 and label = $2', [run, label])
+          return rowCount === 1
+        },
+        async connections() {
+          const { rows } = await witness.query<ServerConnection>(
+            `select xact_start is not null as "inTransaction", state || ': ' || query as text
+               from pg_stat_activity where application_name = $1`,
+            [run],
+          )
+          return rows
+        },
+        admit: async (connections = -1) =>
+          void (await witness.query(`alter role ${role} connection limit ${connections}`)),
+        close: async () => void (await witness.query(`drop role ${role}`)),
+      }
+    },
+    async close() {
+      await witness.end()
+      await database.drop()
+    },
+  }
+}
+
+/** Each place is a file of its own. */
+export async function openSqlite(): Promise<Server> {
+  const directory = await mkdtemp(join(tmpdir(), 'ambient-db-pools-'))
+  return {
+    async open(run) {
+      const url = join(directory, `${run}.db`)
+      const witness = new DatabaseSync(url)
+      witness.exec('pragma journal_mode = wal')
+      witness.exec('create table markers (run text, label text, primary key (run, label))')
+      const rows = async () => {
+        const all = witness.prepare('select label from markers where run = ?').all(run)
+        return new Set(all.map(({ label }) => String(label)))
+      }
+      return {
+        url,
+        rows,
+        sees: async (label) => (await rows()).has(label),
+        connections: async () => [],
+        admit: () => Promise.reject(new Error('A file refuses nobody.')),
+        close: async () => witness.close(),
+      }
+    },
+    close: () => rm(directory, { recursive: true, force: true }),
+  }
+}
