@@ -103,7 +103,9 @@ async function runCases(
   }
   await Promise.all(Array.from({ length: Math.min(atOnce, cases.length) }, worker))
   for (const [index, result] of results.entries()) {
-    if (result && mayBeLoad(result)) results[index] = { ...(await lab.run(result.case)), loaded: true }
+    if (!result || !mayBeLoad(result)) continue
+    console.log(`run again: ${idOf(result.case)}: ${result.violations[0]?.kind}: ${result.violations[0]?.text}`)
+    results[index] = { ...(await lab.run(result.case)), loaded: true }
   }
   return results.filter(Boolean)
 }
