@@ -98,7 +98,7 @@ it('C4 leaves no timer behind that would keep the process', async () => {
   }, late)
   await main.newSession(() => Promise.reject(new Error('planned')), late).catch(() => {})
   await newContext(() => main.db.query('select * from missing'), late).catch(() => {})
-  expect(timers()).toBe(before)
+  expect(timers()).toBeLessThanOrEqual(before) // one of the tools may have fired meanwhile
   await main.shutdown()
 })
 
