@@ -124,6 +124,7 @@ async function runAtomic<Connection, Result>(
     const what = `\`current\` must be one of ${modes.join(', ')}.`
     throw new AmbientError('AMBIENT_INVALID_ARGUMENT', what, { database: session.name })
   }
+  session.assertAccepts() // also where its lane is free: what the end has in hand is no turn of it
   if (enclosing?.live && mode !== 'savepoint' && mode !== 'join') throw nestingError(session, mode)
   const abortion = signal || timeout !== undefined ? new Abortion({ signal, timeout }) : undefined
   const attempt = async (level: Level): Promise<Result> => {

@@ -408,6 +408,27 @@ describe('beforeCommit', () => {
     })
     expect(hook).not.toHaveBeenCalled()
   })
+
+  it('C4 keeps late blocks of every kind out while the hooks of the end run', async () => {
+    for (const current of [undefined, 'commit', 'rollback', 'append', 'raise', 'savepoint', 'join'] as const) {
+      await subject.clear()
+      const late = gate()
+      let branch: Promise<unknown> | undefined
+      await newContext(async () => {
+        await note('a')
+        const block = () => main.atomic(() => note('late'), { current })
+        branch = late.passed.then(block).catch((error: unknown) => error)
+        main.beforeCommit(async () => {
+          late.open()
+          await branch
+          await note('b')
+        })
+      })
+      expect(await branch).toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
+      expect(await notes()).toEqual(['a', 'b'])
+      expect(subject.sent.filter((text) => !text.startsWith('insert'))).toEqual(['BEGIN', 'COMMIT'])
+    }
+  })
 })
 
 describe('afterCommit and afterRollback', () => {
