@@ -1,7 +1,7 @@
 import { beforeAll, describe, expect, it } from 'vitest'
 import { runShort } from '../short-run.ts'
 
-/** `npm run truth -- cuts` runs all cases; here it is every 97th, so that each unit is cut in several places and ways. */
+/** `npm run truth -- cuts` runs all cases; here it is a sample of each library's, such that each unit is cut in several places and ways. */
 describe('wire cuts', () => {
   let report: Awaited<ReturnType<typeof runShort>>
   beforeAll(async () => {
