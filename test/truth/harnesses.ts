@@ -1,6 +1,7 @@
 import { audit } from './audit/audit.ts'
 import { cuts } from './cuts/cuts.ts'
 import type { Harness } from './harness.ts'
+import { memory } from './memory/memory.ts'
 import { pools } from './pools/pools.ts'
 
-export const harnesses: readonly Harness[] = [cuts, audit, pools]
+export const harnesses: readonly Harness[] = [cuts, audit, pools, memory]
