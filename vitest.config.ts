@@ -20,7 +20,7 @@ export default defineConfig({
         test: {
           name: 'behaviour',
           include: ['test/**/*.test.ts', 'examples/**/*.test.ts'],
-          exclude: ['test/package/**', 'test/docs/**'],
+          exclude: ['**/node_modules/**', 'test/package/**', 'test/docs/**'],
           globalSetup: ['test/support/global-setup.ts'],
           typecheck: { enabled: true, include: ['test/**/*.test-d.ts'], tsconfig: 'tsconfig.json' },
         },

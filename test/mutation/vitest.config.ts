@@ -17,7 +17,7 @@ export default defineConfig({
     testTimeout: 20_000, // a busy machine must not kill
     hookTimeout: 40_000,
     include: ['test/core/**/*.test.ts', 'test/adapters/**/*.test.ts', 'test/frameworks/node-http.test.ts'],
-    exclude: ['test/core/memory.test.ts', 'test/core/secrets.test.ts'], // they start a Node or a server of their own
+    exclude: ['**/node_modules/**', 'test/core/memory.test.ts', 'test/core/secrets.test.ts'], // they start a Node or a server of their own
     globalSetup: ['test/support/global-setup.ts'],
   },
 })
