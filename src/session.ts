@@ -316,7 +316,7 @@ export class Session<Connection>
         try {
           return await work()
         } finally {
-          hooks = this.ending.takeDue()
+          if (lane === this.lane) hooks = this.ending.takeDue() // a turn inside of a block leaves the session to the block
         }
       })
     } finally {

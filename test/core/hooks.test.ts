@@ -696,6 +696,24 @@ describe('afterCommit and afterRollback', () => {
     })
     expect(register).toThrow(expect.objectContaining({ code: 'AMBIENT_CONTEXT_ENDED' }))
   })
+
+  it('K2 run once the session is free again, and not at the end of a block inside the one that ended the transaction', async () => {
+    for (const current of ['commit', 'rollback'] as const) {
+      const order: string[] = []
+      await newContext(async () => {
+        await note(current)
+        main.afterCommit(() => order.push('after commit'))
+        main.afterRollback(() => order.push('after rollback'))
+        const block = async () => {
+          await main.atomic(() => main.db.query('select 1'))
+          order.push('inner block over')
+        }
+        await main.atomic(block, { current })
+        order.push('block over')
+      })
+      expect(order).toEqual(['inner block over', `after ${current}`, 'block over'])
+    }
+  })
 })
 
 describe('hooks of the database', () => {
