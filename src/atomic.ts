@@ -149,8 +149,14 @@ async function runAtomic<Connection, Result>(
     if (open && mode === 'append') {
       transaction.agree(settings)
       transaction.assertUsable(outer)
+      return owning(session, settings, 1, attempt, abortion)
     }
-    return owning(session, settings, open && mode === 'append' ? 1 : (retry?.attempts ?? 1), attempt, abortion)
+    session.ending.setApart()
+    try {
+      return await owning(session, settings, retry?.attempts ?? 1, attempt, abortion)
+    } finally {
+      session.ending.reunite()
+    }
   }
 
   try {

@@ -1,7 +1,16 @@
 import type { Abortion } from './abortion.ts'
 import { Block } from './atomic.ts'
 import { AmbientError, isAmbientError, stateOutcome } from './errors.ts'
-import { type AfterHook, byRegistration, copyHooks, dropHooks, type Hook, moveHooks } from './hooks.ts'
+import {
+  type AfterHook,
+  byRegistration,
+  copyHooks,
+  dropHooks,
+  type Hook,
+  type Hooks,
+  moveHooks,
+  noHooks,
+} from './hooks.ts'
 import type { Session } from './session.ts'
 import type { Transaction } from './transaction.ts'
 
@@ -10,11 +19,29 @@ export class Ending<Connection> {
   /** The COMMIT that is under way. */
   underWay: Promise<void> | undefined
   readonly #session: Session<Connection>
+  /** Hooks from outside the block that has a transaction to itself: the work there comes after it. */
+  #outside: Hooks | undefined
   /** After-hooks that came due, until the session is free again. */
   #due: AfterHook[] = []
 
   constructor(session: Session<Connection>) {
     this.#session = session
+  }
+
+  /** Where hooks from outside any block go. */
+  get hooks(): Hooks {
+    return this.#outside ?? this.#session.transaction.root.hooks
+  }
+
+  /** From now on the transaction is that of a block alone, until {@link Ending.reunite}. */
+  setApart(): void {
+    this.#outside = noHooks()
+  }
+
+  reunite(): void {
+    const outside = this.#outside
+    this.#outside = undefined
+    if (outside) moveHooks(outside, this.hooks)
   }
 
   /**

@@ -20,6 +20,10 @@ export interface Hooks {
   readonly afterRollback: AfterHook[]
 }
 
+export function noHooks(): Hooks {
+  return { beforeCommit: [], afterCommit: [], afterRollback: [] }
+}
+
 export function afterHook(run: Hook, onError: AfterHook['onError']): AfterHook {
   return { order: nextNumber(), run, onError }
 }

@@ -1,13 +1,13 @@
 import type { AmbientError } from './errors.ts'
 import type { Failure } from './failure.ts'
-import type { Hooks } from './hooks.ts'
+import { type Hooks, noHooks } from './hooks.ts'
 
 /** The transaction itself, or a savepoint in it. Opened on the server by its first statement. */
 export class Level {
   readonly parent: Level | undefined
   /** The level of the transaction itself. */
   readonly root: Level
-  readonly hooks: Hooks = { beforeCommit: [], afterCommit: [], afterRollback: [] }
+  readonly hooks: Hooks = noHooks()
   opened = false
   /** Shared by statements that need it at the same time: one of a block that was cut off, and the next. */
   opening: Promise<void> | undefined

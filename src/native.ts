@@ -61,10 +61,12 @@ export class NativeTransaction<Connection> implements NativeBlock {
         const letGo = transaction.claim(settings)
         block.level = owns ? transaction.root : new Level(outer)
         block.begun = true
+        if (owns) session.ending.setApart()
         resolve()
         try {
           await this.#settle(block, block.level, transaction, await finished)
         } finally {
+          if (owns) session.ending.reunite()
           letGo()
         }
       }

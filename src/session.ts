@@ -281,9 +281,9 @@ export class Session<Connection>
   #hooks(): Hooks {
     this.assertAccepts()
     const block = this.enclosingBlock()
-    const level = block?.level ?? this.transaction.root
-    if (block && (!block.live || hasEnded(level))) throw this.blockEnded(block)
-    return level.hooks
+    if (!block) return this.ending.hooks
+    if (!block.live || hasEnded(block.level)) throw this.blockEnded(block)
+    return block.level.hooks
   }
 
   #act(label: string, block: Block<Connection> | undefined, work: (level: Level) => Promise<void>): Promise<void> {
@@ -434,6 +434,7 @@ export class Session<Connection>
   }
 
   async rollbackAtEnd(error: unknown, cancel: boolean): Promise<boolean> {
+    this.ending.reunite()
     this.transaction.root.refusal ??= () => this.#refused(this.#contextEnded())
     const said = await this.ending.rollback(this.transaction, error, cancel)
     this.owner.defer(this.ending.takeDue())

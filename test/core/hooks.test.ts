@@ -714,6 +714,58 @@ describe('afterCommit and afterRollback', () => {
       expect(order).toEqual(['inner block over', `after ${current}`, 'block over'])
     }
   })
+
+  it('A3 K1 K2 belong to the work of the branch that registers them, and not to the block of another', async () => {
+    for (const retry of [undefined, { attempts: 2 }]) {
+      for (const outcome of ['commits', 'throws'] as const) {
+        await subject.clear()
+        const order: string[] = []
+        const [began, registered] = [gate(), gate()]
+        let attempts = 0
+        const block = async () => {
+          await note('block')
+          began.open()
+          await registered.passed
+          if (retry && ++attempts === 1) throw Object.assign(boom, { severity: 'ERROR', code: '40001' })
+          if (outcome === 'throws') throw boom
+          order.push('block ends')
+        }
+        const branch = async () => {
+          await began.passed
+          main.beforeCommit(() => order.push('before commit'))
+          main.afterCommit(() => order.push('after commit'))
+          main.afterRollback(() => order.push('after rollback'))
+          registered.open()
+          await note('branch')
+          order.push('branch ends')
+        }
+        await newContext(() => Promise.allSettled([main.atomic(block, { retry }), branch()]))
+        const ends = outcome === 'throws' ? [] : ['block ends']
+        expect(order).toEqual([...ends, 'branch ends', 'before commit', 'after commit'])
+        expect(await notes()).toEqual(outcome === 'throws' ? ['branch'] : ['block', 'branch'])
+      }
+    }
+  })
+
+  it('C4 K2 run afterRollback of what stands outside a block when the context ends in the middle of it', async () => {
+    const order: string[] = []
+    const began = gate()
+    const forgotten = gate()
+    const work = newContext(async () => {
+      const block = async () => {
+        main.afterRollback(() => order.push('block'))
+        began.open()
+        await forgotten.passed
+      }
+      main.atomic(block).catch(() => order.push('block refused'))
+      await began.passed
+      main.afterRollback(() => order.push('branch'))
+      throw boom
+    })
+    await expect(work).rejects.toBe(boom)
+    expect(order).toEqual(['block', 'branch'])
+    forgotten.open()
+  })
 })
 
 describe('hooks of the database', () => {
