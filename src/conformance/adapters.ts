@@ -761,7 +761,7 @@ const sessions: AdapterCase[] = [
   rule(
     'S11 bounds the wait for a connection, and says how many the waiting context holds',
     async (t) => {
-      t.use({ connections: 1, acquireTimeout: 100 })
+      t.use({ connections: 1, acquireTimeout: 500 }) // the first connection is made within it
       await newContext(async () => {
         await t.insert(1)
         const error = await refusal(
