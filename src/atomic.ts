@@ -116,6 +116,7 @@ async function runAtomic<Connection, Result>(
   work: () => Result | Promise<Result>,
   options: AtomicOptions,
 ): Promise<Result> {
+  session.assertAccepts()
   const { current, retry, signal, timeout, ...settings } = options
   const { label } = owner
   const mode = current ?? (enclosing ? 'savepoint' : 'commit')

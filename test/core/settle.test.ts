@@ -180,6 +180,27 @@ describe('the end of work that returns', () => {
     expect(await ids()).toEqual([])
   })
 
+  it.each(['commit', 'rollback', 'append', 'savepoint', 'join'] as const)(
+    'C4 refuses a block with `current: %s` that comes while the hooks of the end run, and commits all the same',
+    async (current) => {
+      const main = define()
+      const inHook = gate()
+      let late: Promise<unknown> = Promise.resolve()
+      await newContext(async () => {
+        await insert(main, 1)
+        late = inHook.passed
+          .then(() => main.atomic(() => insert(main, 2), { current }))
+          .catch((error: unknown) => error)
+        main.beforeCommit(async () => {
+          inHook.open()
+          await insert(main, 3)
+        })
+      })
+      expect(await late).toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
+      expect(await ids()).toEqual([1, 3])
+    },
+  )
+
   it('C4 runs the after-hooks when everything is closed', async () => {
     const main = define({}, { max: 1 })
     const seen: unknown[] = []
