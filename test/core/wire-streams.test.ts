@@ -440,6 +440,42 @@ describe('S9 C4 C8 opens no stream on a connection that goes back', () => {
   }
 })
 
+describe('S9 A6 ends a stream with its block', () => {
+  it('S9 A6 also if another one was refused while it waited for its first answer', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const held = gate()
+    const answer = wire.proxy.at('< C BEGIN', held)
+    await newContext(async () => {
+      const refused: Promise<unknown>[] = []
+      const open = () => {
+        const rows = main.db.query(stream())
+        rows.resume()
+        refused.push(once(rows, 'error').then(([error]) => error.code))
+      }
+      const block = failure(
+        main.atomic(
+          async () => {
+            open()
+            await answer.caught
+            queueMicrotask(() => process.nextTick(open))
+            throw new Error('boom')
+          },
+          { current: 'join' },
+        ),
+      )
+      await answer.caught
+      await new Promise((resolve) => setImmediate(resolve))
+      held.open()
+      await block
+      expect(await Promise.all(refused)).toEqual(['AMBIENT_STREAM_OPEN', expect.stringMatching(/^AMBIENT_/)])
+      await main.rollback()
+      await main.db.query('insert into t values (1)')
+    })
+    expect(await wire.ids()).toEqual([1])
+    expect(isFree(await main.connect())).toBe(true)
+  })
+})
+
 describe('S12', () => {
   /** A database whose only socket was opened by another context than the one that then uses it. */
   async function warm(how: 'session' | 'raw') {
