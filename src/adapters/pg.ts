@@ -424,8 +424,10 @@ function holdReads(cursor: Cursor, running: Running, ended: Promise<void>) {
   cursor.close = orPromise((callback) => {
     closed = true
     running.onClosing()
-    running.synced ||= ['submitted', 'idle', 'busy'].includes(cursor.state)
-    close.call(cursor, () => {})
+    if (!running.synced) {
+      running.synced = ['submitted', 'idle', 'busy'].includes(cursor.state)
+      close.call(cursor, () => {})
+    }
     const done = () => callback() // pg itself waits for an answer that a lost connection never gives
     ended.then(done, done)
   })

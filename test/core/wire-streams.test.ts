@@ -87,6 +87,32 @@ describe('S9', () => {
     },
   )
 
+  it('S9 keeps a connection in step whose cursor is closed again in the callback of its last read', async () => {
+    const main = wire.define({ pool: { max: 1 } })
+    const [rows, closing] = [gate(), gate()]
+    wire.proxy.at('< D', rows)
+    wire.proxy.at('< 3', closing)
+    await newContext(async () => {
+      const cursor = main.db.query(new Cursor(numbers))
+      const read = gate()
+      const closedAgain = new Promise<void>((resolve) => {
+        cursor.read(2, () => {
+          cursor.close(() => resolve())
+          read.open()
+        })
+      })
+      await until(() => wire.proxy.traffic.labels.some((label) => label.startsWith('> E')), 'the request for rows')
+      const closed = cursor.close()
+      rows.open()
+      await read.passed
+      closing.open()
+      await Promise.all([closed, closedAgain])
+      await main.db.query('insert into t values (1)')
+    })
+    expect(await wire.ids()).toEqual([1])
+    expect(wire.proxy.traffic.labels.filter((label) => label === '> S')).toHaveLength(1)
+  })
+
   it('S9 closes a cursor that was never read, and one that was closed at once', async () => {
     const main = wire.define({ pool: { max: 1 } })
     await newContext(async () => {
