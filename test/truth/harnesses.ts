@@ -1,7 +1,8 @@
+import { aborts } from './aborts/aborts.ts'
 import { audit } from './audit/audit.ts'
 import { cuts } from './cuts/cuts.ts'
 import type { Harness } from './harness.ts'
 import { memory } from './memory/memory.ts'
 import { pools } from './pools/pools.ts'
 
-export const harnesses: readonly Harness[] = [cuts, audit, pools, memory]
+export const harnesses: readonly Harness[] = [cuts, aborts, audit, pools, memory]

@@ -17,6 +17,8 @@ export interface Library<Handle = unknown, Engine = unknown, Connection = unknow
     readonly uncaught?: true
     /** A stream whose connection is cut waits for ever: Kysely waits for the answer to the close of its cursor. */
     readonly streams?: true
+    /** A statement that runs when its work is aborted goes on at the server until it ends by itself. */
+    readonly cancelling?: true
   }
   /** What became of a COMMIT without an answer can be found out: each is, and the answer is judged like any other. */
   readonly resolvable?: true
@@ -76,7 +78,7 @@ const kyselyOverPg: Library<Kysely<Tables>> = {
 
 const kyselyBare: Library<Kysely<Tables>> = {
   name: 'kysely-bare',
-  limits: { uncaught: true, streams: true },
+  limits: { uncaught: true, streams: true, cancelling: true },
   adapter: (pool) => kyselyAdapter<Tables>((...host: string[]) => dialect(pool(...host))),
   ...kyselyHandles,
 }

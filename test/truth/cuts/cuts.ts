@@ -1,4 +1,5 @@
 import { acquireMariadb } from '../../support/mariadb-server.ts'
+import { runCases } from '../cases.ts'
 import {
   type Conditions,
   commandOf,
@@ -108,7 +109,7 @@ async function runLibrary(
   const wanted = option('unit')
   const chosen = units.filter(({ name }) => name === (wanted ?? name))
   const undisturbed = chosen.map((unit) => ({ library, unit }))
-  const uncut = await runCases(lab, undisturbed, { atOnce: 6 })
+  const uncut = await runCases(lab.run, undisturbed, { atOnce: 6, mayBeLoad })
   const all = chosen.map((_, index) => cutsOf(uncut[index]?.boundaries ?? []))
   const sample = size === 'short' ? Math.ceil(all.flat().length / shortSample) : 1
   const every = Number(option('every') ?? sample)
@@ -117,7 +118,7 @@ async function runLibrary(
     return cuts.filter((_, each) => each % every === index % every).map((cut) => ({ library, unit, cut }))
   })
   const atOnce = Number(option('concurrency') ?? 32)
-  const results = [...uncut, ...(await runCases(lab, cases, { atOnce, deadline: startedAt + time }))]
+  const results = [...uncut, ...(await runCases(lab.run, cases, { atOnce, deadline: startedAt + time, mayBeLoad }))]
   const failed = results.filter(({ violations }) => violations.length > 0)
   failures.push(...failed.map(failureOf))
   return {
@@ -173,7 +174,7 @@ async function runMutant(
       const cuts = cutsOf(boundaries.filter(({ label }) => labels.test(label)))
       for (const cut of cuts) if (!cut.fate.endsWith('stall')) cases.push({ library, unit, cut, mutate })
     }
-    const results = await runCases(lab, cases, { atOnce: 4 })
+    const results = await runCases(lab.run, cases, { atOnce: 4, mayBeLoad })
     const caught = results.filter(({ violations }) => violations.some(({ kind }) => kind === shows)).length
     const planted = mutants.some((each) => each.name === name)
     rows.push({ fault: name, subject: library.name, runs: cases.length, caught, ...(planted && { seenAs: shows }) })
@@ -181,43 +182,12 @@ async function runMutant(
   return rows
 }
 
-/** Runs several cases at a time, each with a proxy and pools of its own; results come in the order of the cases. */
-async function runCases(
-  lab: Lab,
-  cases: readonly Case[],
-  { atOnce, deadline = Number.POSITIVE_INFINITY }: { readonly atOnce: number; readonly deadline?: number },
-): Promise<(Result & { readonly loaded: boolean })[]> {
-  const results: (Result & { readonly loaded: boolean })[] = []
-  const waiting = spread(cases.length)
-  const worker = async () => {
-    for (let index = waiting.pop(); index !== undefined; index = waiting.pop()) {
-      results[index] = { ...(await lab.run(cases[index] as Case)), loaded: false }
-      if (performance.now() > deadline) return
-    }
-  }
-  await Promise.all(Array.from({ length: Math.min(atOnce, cases.length) }, worker))
-  for (const [index, subject] of cases.entries()) {
-    if (subject.mutate) continue // it is to fail
-    for (let again = 1; again <= 3; again++) {
-      const result = results[index]
-      if (!result || !mayBeLoad(result)) break
-      results[index] = { ...(await lab.run(subject)), loaded: true }
-    }
-  }
-  return results.filter(Boolean)
-}
-
-/** All numbers below `count`, neighbours far from each other: whatever is run when the time is up is a fair sample. */
-function spread(count: number): number[] {
-  const golden = (index: number) => (index * 0.6180339887498949) % 1
-  return Array.from({ length: count }, (_, index) => index).sort((one, other) => golden(one) - golden(other))
-}
-
 /**
  * On a busy machine a unit may run into its short timeouts before it comes to the message, and clean-up may take longer than
  * allowed: such cases are run again, alone, and counted if they pass then.
  */
-function mayBeLoad({ violations }: Result): boolean {
+function mayBeLoad({ violations }: Result, { mutate }: Case): boolean {
+  if (mutate) return false // it is to fail
   return violations.length > 0 && violations.every(({ kind }) => measuredInTime.includes(kind))
 }
 

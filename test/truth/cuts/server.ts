@@ -38,7 +38,7 @@ export interface PoolOptions {
   readonly database: DatabaseName
   readonly size: number
   /** Hears what passes at the sockets. */
-  readonly log: WireLog
+  readonly log: Pick<WireLog, 'socketFor' | 'tap'>
   /** What a unit asks for. */
   readonly more: object
 }

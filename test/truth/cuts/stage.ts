@@ -2,6 +2,7 @@ import type { ContextOptions } from '../../../src/context.ts'
 import {
   type AmbientDatabase,
   type AmbientSession,
+  type DatabaseOptions,
   defineDatabase,
   isAmbientError,
   newContext,
@@ -45,19 +46,25 @@ export interface Violation {
 type Labels = readonly string[] | Partial<Record<DatabaseName, readonly string[]>>
 
 /** Short, so that a stall can be longer, and also shorter. */
-const timeouts = { acquireTimeout: 500, settleTimeout: 300, blockTimeout: 2000 }
-const poolSize = 2
+const shortTimeouts = { acquireTimeout: 500, settleTimeout: 300, blockTimeout: 2000 }
+export const poolSize = 2
 
-interface StageOptions {
+/** What units may ask for their database. */
+export type StageDatabase = Partial<Omit<DatabaseOptions<unknown, unknown, unknown>, 'name' | 'adapter'>>
+
+export interface StageOptions {
   readonly library: Library
   readonly server: Server
   readonly place: Place
   readonly run: string
-  readonly proxy: WireProxy
-  readonly log: WireLog
+  /** What the pools connect to. */
+  readonly proxy: Pick<WireProxy, 'url'>
+  readonly log: Pick<WireLog, 'socketFor' | 'tap' | 'unanswered'>
   /** What the unit asks of its pools. */
   readonly pool: object
-  readonly mutate: Mutate
+  /** Of each database; its timeouts are short unless it says otherwise. */
+  readonly database?: StageDatabase
+  readonly mutate: (...given: [...Parameters<Mutate>, database: DatabaseName]) => ReturnType<Mutate>
   /** Whether the connection is stalled rather than cut: then an answer and a time-out can cross. */
   readonly lenience: number
 }
@@ -90,13 +97,14 @@ export class Stage {
   #database(name: DatabaseName): AmbientDatabase<unknown, unknown> {
     const known = this.#defined.get(name)
     if (known) return known
-    const { library, place, proxy, log, pool, mutate, run } = this.#options
+    const { library, place, proxy, log, pool, mutate, run, database: asked } = this.#options
     const url = new URL(proxy.url)
     if (name === 'other') url.pathname += '_other'
     const { resolvable } = library
     const options = { url: url.href, run, database: name, size: poolSize, log, more: pool }
-    const adapter = mutate(library.adapter(() => place.makePool(options) as never)) // each library gets a pool of its driver
-    const database = defineDatabase({ name, adapter, resolvable, ...timeouts, onHookError: () => {} })
+    const made = library.adapter(() => place.makePool(options) as never) // each library gets a pool of its driver
+    const adapter = mutate(made, name)
+    const database = defineDatabase({ name, adapter, resolvable, ...shortTimeouts, onHookError: () => {}, ...asked })
     this.#defined.set(name, database)
     return database
   }
@@ -164,6 +172,8 @@ export class Stage {
   committed = (by: string, labels: Labels): void => this.#claim(labels, () => 'there', by)
 
   rolledBack = (by: string, labels: Labels): void => this.#claim(labels, () => 'gone', by)
+
+  unsaid = (by: string, labels: Labels): void => this.#claim(labels, () => 'unsaid', by)
 
   #claim(labels: Labels, verdict: (database: DatabaseName) => Verdict, by: string, error?: unknown): void {
     const byDatabase = (Array.isArray(labels) ? { main: labels } : labels) as Record<string, readonly string[]>

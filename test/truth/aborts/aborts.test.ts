@@ -1,0 +1,33 @@
+import { beforeAll, describe, expect, it } from 'vitest'
+import { runShort } from '../short-run.ts'
+import { mutants } from './mutants.ts'
+
+/** `npm run truth -- aborts` runs all cases; here each library has a fifth of the units and ways, at every 61st place. */
+describe('aborts', () => {
+  let report: Awaited<ReturnType<typeof runShort>>
+  beforeAll(async () => {
+    report = await runShort('aborts')
+  }, 180_000)
+
+  it('C8 H4 leave nothing behind, wherever they come, and the truth is told', () => {
+    const { rows, failures, output } = report
+    expect(failures, output).toEqual([])
+    expect(rows.map(({ subject }) => subject)).toEqual(['pg', 'kysely-pg', 'kysely-bare'])
+    for (const { runs, violations, figures } of rows) {
+      expect(violations).toBe(0)
+      expect(figures['units and ways']).toBeGreaterThan(40)
+      expect(figures.places).toBeGreaterThan(4000)
+      expect(runs).toBeGreaterThan(100)
+      expect(figures['only under load']).toBeLessThan(runs / 5)
+    }
+  })
+
+  it('are no use unless planted faults are seen', () => {
+    const { planted, output } = report
+    expect(
+      planted.filter(({ caught }) => caught === 0),
+      output,
+    ).toEqual([])
+    expect(planted).toHaveLength(2 * mutants.length)
+  })
+})

@@ -1,0 +1,78 @@
+import { Pool } from 'pg'
+import { postgres } from '../cuts/postgres.ts'
+import type { Place } from '../cuts/server.ts'
+import { borrowed, borrowing, type Finding } from './stage.ts'
+
+/** The databases of the lab, and what looks at them from outside. */
+export interface Witness {
+  readonly place: Place
+  /** What connections of a run are in a transaction, at work, or hold locks; a COMMIT may take its time. */
+  busy(run: string): Promise<Finding[]>
+  /** A lock that somebody else has: for a moment, or until it is released if the unit was `aborted` meanwhile. */
+  lockFor(key: number, aborted: () => boolean): Lock
+  close(): Promise<void>
+}
+
+interface Lock {
+  release(): void
+  /** Lets it be taken; resolves with SQL that waits for it. */
+  wait(): Promise<string>
+}
+
+export async function openWitness(serverUrl: string): Promise<Witness> {
+  const place = await postgres.open(serverUrl)
+  const looking = new Pool({ connectionString: place.url, application_name: 'witness', max: 4 })
+  const lockers = new Pool({ connectionString: place.url, application_name: 'witness', max: 40 })
+  await looking.query(`
+    create table slow_commits (seconds float);
+    create function commit_slowly() returns trigger language plpgsql as
+      $$ begin perform pg_sleep(new.seconds); return null; end $$;
+    create constraint trigger slow_commit after insert on slow_commits deferrable initially deferred
+      for each row execute function commit_slowly()`)
+  return {
+    place,
+    async busy(run) {
+      const { rows } = await looking.query(
+        `select state, query, (select count(*) from pg_locks l where l.pid = a.pid and locktype <> 'virtualxid') as locks
+           from pg_stat_activity a
+          where application_name in ($1, $2) and state <> 'starting' and query <> $3 and query !~* $4
+            and (xact_start is not null or state <> 'idle'
+                 or exists (select from pg_locks l where l.pid = a.pid and locktype <> 'virtualxid'))`,
+        [`${run}-main`, `${run}-other`, borrowed, `^commit$|isolation level ${borrowing.isolationLevel}$`],
+      )
+      return rows.map(({ state, query, locks }): Finding => {
+        const kind = state === 'active' ? 'still running' : state === 'idle' ? 'kept lock' : 'open transaction'
+        return { kind, text: `${state}, ${locks} locks: ${query}` }
+      })
+    },
+    lockFor(key, aborted) {
+      let release = () => {}
+      const released = new Promise<void>((resolve) => {
+        release = resolve
+      })
+      let holding: Promise<void> | undefined
+      const hold = async () => {
+        const client = await lockers.connect()
+        await client.query('select pg_advisory_lock($1)', [key])
+        setTimeout(() => aborted() || release(), 30)
+        void released.then(async () => {
+          await client.query('select pg_advisory_unlock($1)', [key])
+          client.release()
+        })
+      }
+      return {
+        release: () => release(),
+        async wait() {
+          holding ??= hold()
+          await holding
+          return `select pg_advisory_xact_lock_shared(${key})`
+        },
+      }
+    },
+    async close() {
+      await lockers.end()
+      await looking.end()
+      await place.close()
+    },
+  }
+}
