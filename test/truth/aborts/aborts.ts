@@ -127,14 +127,14 @@ function failureOf({ id, findings, summary }: Result): Failure {
 }
 
 async function runMutant(lab: Lab, library: Library, mutant: Mutant): Promise<Planted> {
-  const { name, fault, unit: unitName, way, at, shows } = mutant
+  const { name, fault, unit: unitName, way, at, times = 1, shows } = mutant
   const unit = abortUnits.find((each) => each.name === unitName)
   if (!unit) throw new Error(`There is no unit '${unitName}'.`)
   const subject: Case = { library, unit, way, ...fault }
   const { points } = await lab.run(subject)
   const cases = points
     .filter(({ label, awaits }) => awaits === 0 && at.test(label))
-    .map((point) => ({ ...subject, point }))
+    .flatMap((point) => Array<Case>(times).fill({ ...subject, point }))
   const results = await runCases(lab.run, cases, { atOnce: 4, mayBeLoad: () => false })
   const caught = results.filter(({ findings }) => findings.some(({ kind }) => kind === shows)).length
   return { fault: name, subject: library.name, runs: cases.length, caught, seenAs: shows }

@@ -11,6 +11,8 @@ export interface Mutant {
   readonly unit: string
   readonly way: Way
   readonly at: RegExp
+  /** How often it is run; more than once if it shows by chance. */
+  readonly times?: number
   /** What the harness must say of it. */
   readonly shows: Finding['kind']
 }
@@ -22,25 +24,36 @@ export const mutants: readonly Mutant[] = [
   {
     name: 'claims to cancel statements, and does not',
     fault: { mutate: cancelNothing },
-    unit: 'a long statement',
+    unit: 'a lock',
     way: 'signal',
-    at: /^> select pg_sleep/,
+    at: /^> select pg_advisory/,
     shows: 'still running',
   },
   {
-    name: 'sends cancel requests when nobody waits for them any more',
+    name: 'lets a cancel request outlive the release of its connection',
     fault: {
-      mutate: (adapter) => ({
-        ...adapter,
-        async cancel(engine, connection) {
-          await adapter.cancel?.(engine, connection)
-          setTimeout(() => void adapter.cancel?.(engine, connection), 15)
-        },
-      }),
+      mutate: (adapter) => {
+        const cancelling = new Map<unknown, NodeJS.Timeout | undefined>()
+        return {
+          ...adapter,
+          async cancel(engine, connection) {
+            await adapter.cancel?.(engine, connection)
+            cancelling.set(connection, undefined)
+          },
+          release(engine, connection, broken) {
+            clearInterval(cancelling.get(connection)) // that of the next borrower
+            if (cancelling.has(connection) && cancelling.get(connection) === undefined) {
+              cancelling.set(connection, setInterval(() => void adapter.cancel?.(engine, connection), 10).unref())
+            }
+            return adapter.release(engine, connection, broken)
+          },
+        }
+      },
     },
     unit: 'a lock',
     way: 'signal',
     at: /^> select pg_advisory/,
+    times: 8,
     shows: 'late cancel',
   },
   {
@@ -69,17 +82,17 @@ export const mutants: readonly Mutant[] = [
   {
     name: 'rejects the promise, and lets the work go on',
     fault: { onlyRejects: true },
-    unit: 'a long statement',
+    unit: 'a lock',
     way: 'signal',
-    at: /^> select pg_sleep/,
+    at: /^> select pg_advisory/,
     shows: 'still running',
   },
   {
     name: 'commits when the promise is rejected already',
     fault: { onlyRejects: true },
-    unit: 'a long statement',
+    unit: 'a lock',
     way: 'signal',
-    at: /^> select pg_sleep/,
+    at: /^> select pg_advisory/,
     shows: 'commit after the abort',
   },
   {

@@ -81,7 +81,7 @@ export interface AbortStageOptions extends StageOptions {
 type Labels = Parameters<Stage['unit']>[0]
 
 /** By which the next borrowers of the connections are known to the witness. */
-export const borrowed = 'select pg_sleep(0.02) /* the next borrower */'
+export const borrowed = 'select pg_sleep(0.05) /* the next borrower */'
 export const borrowing = { isolationLevel: 'repeatable read' } as const
 
 /** A stage on which contexts, blocks or sessions can be aborted at any moment. */
