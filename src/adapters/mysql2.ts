@@ -119,6 +119,7 @@ export function mysql2Adapter<Engine extends Pool>(
     async probeTransaction(connection, error) {
       const watch = watchOf(connection)
       const hidden = watch.transaction === 'ended'
+      watch.unclean ||= readOnlyServer.includes((error as { errno: number }).errno) // only errors of the server are asked about
       await send(connection, 'DO 0') // an error comes without the status, this answer with it
       if (hidden) return 'ended'
       if (isOpen(watch)) return 'open'
@@ -161,7 +162,7 @@ interface Watch {
   flags: number
   /** Whether the transaction that `begin` opened is still that one; `'none'` while there is none of ours. */
   transaction: 'none' | 'open' | 'ended'
-  /** SQL of the user's has ended a transaction, and may have left anything behind. */
+  /** It is not to be pooled: SQL of the user's has ended a transaction, and may have left anything behind, or the server is no use. */
   unclean: boolean
   /** What the last ROLLBACK could not undo. */
   leftovers: string | undefined
@@ -169,6 +170,9 @@ interface Watch {
   readonly waiting: Set<Callback>
   onLost: ((error: Error) => void) | undefined
 }
+
+/** The server has become a replica, say: connections to it are of no use any more, and mysql2 pools none of them either. */
+const readOnlyServer = [1290, 1836]
 
 const inTransaction = 1 // SERVER_STATUS_IN_TRANS
 
@@ -429,7 +433,11 @@ function ambientPool(statements: Statements<PoolConnection>, engine: () => Pool 
     query: (...args: unknown[]) => run(target, 'query', args),
     execute: (...args: unknown[]) => run(target, 'execute', args),
     getConnection: (callback: Callback) => {
-      process.nextTick(callback, null, new AmbientConnection(statements, connectionConfig))
+      const lease = async () => new AmbientConnection(statements, connectionConfig)
+      lease().then(
+        (connection) => process.nextTick(callback, null, connection),
+        (error) => process.nextTick(callback, error),
+      )
     },
     releaseConnection: (connection: PoolConnection) => connection.release(),
     end: (callback?: Callback) =>

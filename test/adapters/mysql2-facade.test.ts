@@ -87,6 +87,16 @@ describe('the pool', () => {
     expect(statements()).toEqual([])
   })
 
+  it('C2 refuses everything outside any context, the way it was asked', async () => {
+    const noContext = { code: 'AMBIENT_NO_CONTEXT', database: 'main' }
+    await expect(db.query('select 1')).rejects.toMatchObject(noContext)
+    await expect(db.getConnection()).rejects.toMatchObject(noContext)
+    await expect(called((callback) => db.pool.query('select 1', callback))).rejects.toMatchObject(noContext)
+    await expect(called((callback) => db.pool.getConnection(callback))).rejects.toMatchObject(noContext)
+    await expect(once(db.pool.query('select 1').stream(), 'data')).rejects.toMatchObject(noContext)
+    expect(statements()).toEqual([])
+  })
+
   it('survives idle connections that break', async () => {
     await newContext(() => note('one'))
     proxy.cut('reset')

@@ -332,6 +332,15 @@ describe('connections', () => {
     expect(await ids()).toEqual([1, 2])
   })
 
+  it.each([1290, 1836])('S7 are not pooled when their server has become read-only (%s)', async (errno) => {
+    const main = define()
+    const readOnly = () => main.db.query(`signal sqlstate 'HY000' set mysql_errno = ${errno}`)
+    await expect(newContext(readOnly)).rejects.toMatchObject({ errno })
+    expect(probes[0]?.open).toBe(0)
+    await newContext(() => insert(main, 1))
+    expect(await ids()).toEqual([1])
+  })
+
   it('S7 C8 stay usable when a statement is cancelled: it is killed, they are not', async () => {
     const main = define({ pool: { connectionLimit: 1 } })
     const held = await mysqlGate(database)
