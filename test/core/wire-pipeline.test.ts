@@ -193,16 +193,20 @@ describe('a lost connection', () => {
 
   it('C8 cancels the running statement, and rolls back', async () => {
     const main = define()
-    const error = await failure(
+    const abort = new AbortController()
+    const work = failure(
       newContext(
         async () => {
           await main.db.query('insert into t values (1)')
           await main.db.query('select pg_sleep(600)')
         },
-        { timeout: 500 },
+        { signal: abort.signal },
       ),
     )
-    expect(error).toMatchObject({ code: 'AMBIENT_TIMEOUT', outcome: 'rolled-back' })
+    const sleeping = async () => (await wire.backends()).some(({ query }) => query === 'select pg_sleep(600)')
+    await until(sleeping, 'the statement to run')
+    abort.abort()
+    expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
     expect(await wire.ids()).toEqual([])
     await expectCleanPool(await main.connect())
   })

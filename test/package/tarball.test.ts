@@ -9,6 +9,7 @@ import { publicEntries } from '../../scripts/entries.ts'
 
 const tarball = inject('tarball')
 const specifiers = publicEntries().map((entry) => entry.specifier)
+const manifest = JSON.parse(readFileSync('package.json', 'utf8'))
 const bin = resolve('node_modules/.bin')
 
 describe('the packed tarball', () => {
@@ -58,7 +59,7 @@ describe('an installation of the tarball', () => {
 
   describe('beside the libraries that it adapts', () => {
     beforeAll(() => {
-      for (const name of ['pg', 'kysely', 'express', '@types/node', '@types/pg', '@types/express']) {
+      for (const name of [...Object.keys(manifest.peerDependencies), '@types/node', '@types/pg', '@types/express']) {
         const link = join(consumer, 'node_modules', name)
         mkdirSync(dirname(link), { recursive: true })
         if (!existsSync(link)) symlinkSync(resolve('node_modules', name), link)
