@@ -2,7 +2,7 @@ import type { Adapter, Capabilities, CommitStatus } from './adapter.ts'
 import { bounded } from './clock.ts'
 import { bindCallback, detach, outside } from './context.ts'
 import { AmbientError, isAmbientError } from './errors.ts'
-import { drained, nextTurn } from './time.ts'
+import { nextTurn } from './time.ts'
 
 /** How long a cancelled statement may take to end before its connection is destroyed, in ms. */
 const cancelGrace = 1000
@@ -269,8 +269,15 @@ export class Engines<Connection> {
     return this.#slot.engine()
   }
 
-  /** Takes a connection for `session`, waiting at most `acquireTimeout`. `held` lists the sessions around it that hold one. */
-  async acquire(session: object, held: () => object[]): Promise<Lease<Connection>> {
+  /**
+   * Takes a connection for `session`, waiting at most `acquireTimeout`. `around` lists the sessions around the running code, and
+   * `wanted` tells whether the connection is still of use when it is there.
+   */
+  async acquire(
+    session: object,
+    around: () => { readonly holdsConnection: boolean }[],
+    wanted: () => boolean,
+  ): Promise<Lease<Connection>> {
     this.assertOpen()
     const slot = this.#slot
     const leave = slot.users.enter() // so that the engine is not closed between here and the connection
@@ -281,10 +288,10 @@ export class Engines<Connection> {
       const { acquireTimeout } = this.#database
       engine = slot.ready ?? (await bounded(slot.engine(), acquireTimeout, () => tooLate))
       if (slot.capabilities(engine).singleConnection) {
-        const refusal = bindCallback(() =>
-          slot.holder && held().includes(slot.holder) ? this.#selfDeadlock() : undefined,
-        )
+        const surrounds = (holder: object | undefined) => around().some((each) => each === holder && each !== session)
+        const refusal = bindCallback(() => (surrounds(slot.holder) ? this.#selfDeadlock() : undefined))
         free = await slot.takeTurn(acquireTimeout, refusal)
+        if (!wanted()) throw tooLate // nobody need be refused for it
         slot.holder = session
       }
       let lease: Lease<Connection> | undefined
@@ -301,14 +308,14 @@ export class Engines<Connection> {
         leave()
       })
       lease.lost = lost
-      if (slot.holder === session) void drained().then(() => slot.refuseWaiters()) // the session knows of its connection then
+      if (slot.holder === session) slot.refuseWaiters()
       return lease
     } catch (error) {
       acquiring?.then((unwanted) => detach(() => slot.adapter.release(engine, unwanted))).catch(() => {})
       if (slot.holder === session) slot.holder = undefined
       free()
       leave()
-      throw error === tooLate ? this.#acquireTimeout(held().length) : error
+      throw error === tooLate ? this.#acquireTimeout(around().filter((each) => each.holdsConnection).length) : error
     }
   }
 

@@ -33,7 +33,8 @@ export class Holder<Connection> {
     return this.#pinned !== undefined
   }
 
-  async lease(): Promise<Lease<Connection>> {
+  /** `wanted` tells whether the connection is still of use when it is there. */
+  async lease(wanted: () => boolean): Promise<Lease<Connection>> {
     if (this.#pinned) return this.#pinned
     if (this.#lost) {
       const what = 'The pinned connection was lost, and its session state with it.'
@@ -43,7 +44,7 @@ export class Holder<Connection> {
     try {
       if (!this.#prepared) await this.#database.prepare()
       this.#prepared = true
-      const lease = await this.#database.engines.acquire(this.#session, this.#surroundingHolders)
+      const lease = await this.#database.engines.acquire(this.#session, this.#surrounding, wanted)
       this.#since = performance.now()
       this.#session.publish('acquired', { duration: this.#since - startedAt })
       if (this.#hold && !this.#session.closed) this.#pinned = lease // one that comes too late is released like any other
@@ -73,14 +74,14 @@ export class Holder<Connection> {
     return lease && this.release(lease, new Error('The connection of a session with `hold` is not used again.'))
   }
 
-  /** Sessions of this database around the running code that hold a connection (S11). */
-  #surroundingHolders = (): object[] => {
-    const holders = new Set<object>()
+  /** Sessions of this database around the running code (S11). */
+  #surrounding = (): Session<unknown>[] => {
+    const sessions = new Set<Session<unknown>>()
     for (const scope of enclosingScopes()) {
       for (const session of [scope.session, scope.context?.peek(this.#database)] as (Session<unknown> | undefined)[]) {
-        if (session?.database === this.#database && session.holdsConnection) holders.add(session)
+        if (session?.database === this.#database) sessions.add(session)
       }
     }
-    return [...holders]
+    return [...sessions]
   }
 }

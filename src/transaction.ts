@@ -255,7 +255,13 @@ export class Transaction<Connection> {
 
   async #begin(): Promise<void> {
     this.#place = this.#host.place()
-    const lease = await this.#acquire()
+    let lease: Lease<Connection>
+    try {
+      lease = await this.#acquire()
+    } catch (error) {
+      assertLive(this.root) // then why there was no connection is of no interest
+      throw error
+    }
     this.#startedAt = performance.now()
     if (this.root.refusal) {
       await this.#host.holder.release(lease) // it came too late
@@ -316,7 +322,7 @@ export class Transaction<Connection> {
   }
 
   #acquire(): Promise<Lease<Connection>> {
-    return this.#wire.connection(this.#host.holder.lease())
+    return this.#wire.connection(this.#host.holder.lease(() => !this.root.refusal))
   }
 
   /**

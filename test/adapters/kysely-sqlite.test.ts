@@ -260,6 +260,46 @@ for (const [library, open] of Object.entries(libraries)) {
         await main.shutdown()
       })
 
+      it('S11 refuses at once who waits inside a unit whose BEGIN is still under way', async () => {
+        const main = harness.define({ acquireTimeout: 10_000 })
+        harness.other.exec('begin immediate')
+        await newContext(async () => {
+          const outer = harness.insert(main.db, 1)
+          await nextTurn()
+          const inner = newContext(() => harness.insert(main.db, 2))
+          await expect(inner).rejects.toMatchObject({ code: 'AMBIENT_SELF_DEADLOCK' })
+          harness.other.exec('rollback')
+          await outer
+        })
+        expect(await harness.witness()).toEqual([1])
+        await main.shutdown()
+      })
+
+      it('S11 C8 refuses nobody for a connection that comes too late for a block that was aborted', async () => {
+        const main = harness.define({ acquireTimeout: 10_000 })
+        const [holding, release] = [gate(), gate()]
+        const holder = newContext(async () => {
+          await harness.insert(main.db, 1)
+          holding.open()
+          await release.passed
+        })
+        await holding.passed
+        await newContext(async () => {
+          const abort = new AbortController()
+          const block = main.atomic(() => harness.insert(main.db, 2), { signal: abort.signal })
+          await nextTurn()
+          const inner = newContext(() => harness.insert(main.db, 3))
+          await nextTurn()
+          abort.abort()
+          await expect(block).rejects.toMatchObject({ code: 'AMBIENT_ABORTED' })
+          release.open()
+          await inner
+        })
+        await holder
+        expect(await harness.witness()).toEqual([1, 3])
+        await main.shutdown()
+      })
+
       it('C8 S13 tries BEGIN no more when the work is aborted, and leaves nothing open', async () => {
         const main = harness.define({ acquireTimeout: 5000 })
         const abort = new AbortController()
