@@ -50,14 +50,16 @@ export class Ending<Connection> {
    * @param transaction the one that is meant: its session may have ended it, and have another one, by now.
    */
   async commit(transaction: Transaction<Connection>, abortion?: Abortion): Promise<void> {
-    transaction.assertUsable(transaction.root)
-    try {
-      while (await (abortion ? Promise.race([this.prepare(), abortion.promise]) : this.prepare()));
-      if (abortion?.error) throw abortion.error
-      this.#session.assertAccepts() // its context may have ended in between
-    } catch (error) {
-      stateOutcome(error, await this.rollback(transaction, error, abortion?.error !== undefined))
-      throw error
+    for (let again: boolean | undefined = true; again; ) {
+      transaction.assertUsable(transaction.root) // it fails just as well by an error that a hook swallowed
+      try {
+        again = await (abortion ? Promise.race([this.prepare(), abortion.promise]) : this.prepare())
+        if (abortion?.error) throw abortion.error
+        this.#session.assertAccepts() // its context may have ended in between
+      } catch (error) {
+        stateOutcome(error, await this.rollback(transaction, error, abortion?.error !== undefined))
+        throw error
+      }
     }
     await this.sendCommit(transaction, () => (abortion?.error ?? this.#session.owner.abortion) !== undefined)
   }
@@ -93,9 +95,11 @@ export class Ending<Connection> {
   }
 
   async #runBeforeCommit(hooks: Hook[]): Promise<true> {
-    const { transaction } = this.#session
-    for (const hook of hooks) await this.#runHook('beforeCommit hook', hook)
-    transaction.assertUsable(transaction.root)
+    const { root } = this.#session.transaction
+    for (const hook of hooks) {
+      await this.#runHook('beforeCommit hook', hook)
+      if (root.failure || root.refusal) break // no COMMIT follows
+    }
     return true
   }
 

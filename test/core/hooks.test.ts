@@ -315,15 +315,30 @@ describe('beforeCommit', () => {
     expect(await notes()).toEqual(['a', 'b'])
   })
 
-  it('K1 rolls back when a statement fails that the hook swallowed or did not await', async () => {
-    for (const hook of [() => fail().catch(() => {}), () => void fail()]) {
-      await newContext(async () => {
-        await note('a')
-        main.beforeCommit(hook)
-        await expect(main.commit()).rejects.toThrow()
-        expect(main.session().inTransaction).toBe(false)
+  it('K1 rolls back when a statement fails that the hook did not await', async () => {
+    await newContext(async () => {
+      await note('a')
+      main.beforeCommit(() => void fail())
+      await expect(main.commit()).rejects.toThrow('missing')
+      expect(main.session().inTransaction).toBe(false)
+    })
+    expect(await notes()).toEqual([])
+  })
+
+  it('S4 K1 leaves the transaction failed when a statement fails that the hook swallowed, and runs no further hook', async () => {
+    const calls: string[] = []
+    const aborted = { code: 'AMBIENT_TRANSACTION_ABORTED', cause: expect.objectContaining({ code: '42P01' }) }
+    for (const commit of [main.commit, () => main.closeSession('commit'), () => main.atomic(() => {})]) {
+      const work = newContext(async () => {
+        await note('lost')
+        main.beforeCommit(() => fail().catch(() => {}))
+        main.beforeCommit(() => calls.push('next'))
+        await expect(commit()).rejects.toMatchObject(aborted)
+        await expect(note('refused')).rejects.toMatchObject(aborted)
       })
+      await expect(work).rejects.toMatchObject(aborted)
     }
+    expect(calls).toEqual([])
     expect(await notes()).toEqual([])
   })
 
