@@ -474,7 +474,6 @@ class AmbientConnection extends EventEmitter {
         this.#next = settings
       },
     }
-    bindEmitter(this)
   }
 
   get config(): object | undefined {

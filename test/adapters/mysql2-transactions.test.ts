@@ -2,6 +2,7 @@ import type { Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type AmbientError, type DatabaseOptions, defineDatabase, newContext } from 'ambient-db'
 import { mysql2Adapter } from 'ambient-db/mysql2'
+import type { PoolConnection } from 'mysql2'
 import { createPool, type Pool, type PoolOptions } from 'mysql2/promise'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { failure } from '../core/wire.ts'
@@ -13,8 +14,9 @@ import { MysqlPoolProbe } from './mysql-support.ts'
 let database: MysqlDatabase
 let proxy: WireProxy
 let probes: MysqlPoolProbe[] = []
-/** Those of the pools. */
-let sockets: { readonly destroyed: boolean }[] = []
+/** The connections of the pools, and their sockets. */
+let raw: PoolConnection[] = []
+const sockets = () => raw.map((connection) => (connection as unknown as { stream: Socket }).stream)
 let ends: (() => Promise<void>)[] = []
 const unexpected: unknown[] = []
 const onUnexpected = (error: unknown) => unexpected.push(error)
@@ -25,7 +27,7 @@ function define({ pool, ...options }: Options = {}) {
   const adapter = mysql2Adapter(() => {
     const made = createPool({ uri: proxy.url, connectionLimit: 2, ...pool })
     probes.push(new MysqlPoolProbe(undefined, made))
-    made.pool.on('connection', (connection) => sockets.push((connection as unknown as { stream: Socket }).stream))
+    made.pool.on('connection', (connection) => raw.push(connection))
     return made
   })
   const main = defineDatabase({ name: 'main', adapter, ...options } as DatabaseOptions<Pool, Pool, never>)
@@ -88,7 +90,7 @@ afterEach(async () => {
   await Promise.all(ends.map((end) => end()))
   ends = []
   probes = []
-  sockets = []
+  raw = []
   expect(unexpected.splice(0)).toEqual([])
 })
 
@@ -386,7 +388,7 @@ describe('connections', () => {
     await expect(work).rejects.toMatchObject({ code: 'AMBIENT_ABORTED' })
     await expect(statement).rejects.toThrow('could not be cancelled')
     expect(probes[0]?.open).toBe(0)
-    expect(sockets.map(({ destroyed }) => destroyed)).toEqual([true])
+    expect(sockets().map(({ destroyed }) => destroyed)).toEqual([true])
     await until(() => proxy.open === 1, 'the request to end') // the statement still runs, behind the proxy
     await held.open()
     await newContext(() => insert(main, 2))
@@ -425,6 +427,7 @@ describe('connections', () => {
   it.each([
     [1053, '08S01', 'Server shutdown in progress'],
     [1927, '70100', 'Connection was killed'],
+    [1159, '08S01', 'Got timeout reading communication packets'],
   ])('S5 a COMMIT that is answered by the farewell of the server (%s) is unknown', async (errno, state, message) => {
     const main = define()
     const farewell = (sequence: number) => {
@@ -438,6 +441,28 @@ describe('connections', () => {
     })
     expect(await ids()).toEqual([1])
     expect(probes[0]?.open).toBe(0)
+  })
+
+  it('S5 a COMMIT that mysql2 does not send any more is none', async () => {
+    const main = define()
+    const work = newContext(async () => {
+      await insert(main, 1)
+      const [connection] = raw
+      connection?.destroy()
+    })
+    await expect(work).rejects.toMatchObject({ code: 'AMBIENT_TRANSACTION_ABORTED' })
+    expect(await ids()).toEqual([])
+  })
+
+  it('S4 keeps the error of a statement whose question behind it was refused, and commits nothing', async () => {
+    const main = define()
+    proxy.at('> Query DO 0', ({ bytes }) => Buffer.from(bytes.toString('latin1').replace('DO', 'DU'), 'latin1'))
+    const work = newContext(async () => {
+      await insert(main, 1)
+      expect(await failure(insert(main, 1))).toMatchObject({ errno: 1062 })
+    })
+    await expect(work).rejects.toMatchObject({ code: 'AMBIENT_TRANSACTION_ABORTED', cause: { errno: 1064 } })
+    expect(await ids()).toEqual([])
   })
 
   it('S4 a lost question after a failed statement is a lost connection, not a rollback', async () => {
