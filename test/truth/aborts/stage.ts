@@ -80,9 +80,9 @@ export interface AbortStageOptions extends StageOptions {
 
 type Labels = Parameters<Stage['unit']>[0]
 
-/** By which the next borrowers of the connections are known to the witness. */
-export const borrowed = 'select pg_sleep(0.05) /* the next borrower */'
-export const borrowing = { isolationLevel: 'repeatable read' } as const
+/** By which the next borrowers of the connections are known to the witness: how they begin, and a lock that they hold. */
+export const borrowing = { transaction: { isolationLevel: 'repeatable read' }, lock: 4711 } as const
+const borrowed = `select pg_advisory_xact_lock_shared(${borrowing.lock}, 0), pg_sleep(0.05)`
 
 /** A stage on which contexts, blocks or sessions can be aborted at any moment. */
 export class AbortStage extends Stage {
@@ -97,6 +97,7 @@ export class AbortStage extends Stage {
   readonly #judged = new Set<unknown>()
   /** COMMITs that were called for and not written yet. */
   #due = 0
+  #others = 0
   #wrapped: AmbientDatabase<unknown, unknown> | undefined
   #marked = false
   #aborted = () => {}
@@ -151,8 +152,14 @@ export class AbortStage extends Stage {
     this.#perform(this.#piece(kind), work)
 
   /** A context that is none of the unit's. */
-  others = <Result>(work: () => Promise<Result>): Promise<Result> =>
-    this.#options.places.run({ run: this.#options.at }, () => newContext(work))
+  others = async <Result>(work: () => Promise<Result>): Promise<Result> => {
+    this.#others++
+    try {
+      return await this.#options.places.run({ run: this.#options.at }, () => newContext(work))
+    } finally {
+      this.#others--
+    }
+  }
 
   executeIn = (session: AmbientSession<unknown>, sql: string): Promise<unknown> =>
     this.#options.library.execute(session.db, sql, [])
@@ -340,7 +347,7 @@ export class AbortStage extends Stage {
 
   /** Whether nothing is under way any more but what was aborted. */
   get quiet(): boolean {
-    return [...this.#live].every((piece) => piece.whole.aborted || piece.aborted)
+    return this.#others === 0 && [...this.#live].every((piece) => piece.whole.aborted || piece.aborted)
   }
 
   /** Waits in line for every connection, and uses it: whoever comes next must not be hit by anything. */
@@ -348,7 +355,7 @@ export class AbortStage extends Stage {
     const contexts = this.databases.flatMap((name) =>
       Array.from({ length: poolSize }, () =>
         newContext(() => this.#options.library.execute((name === 'main' ? this.plain : this.other).db, borrowed, []), {
-          transaction: borrowing,
+          transaction: borrowing.transaction,
         }),
       ),
     )

@@ -1,12 +1,15 @@
 import { Pool } from 'pg'
 import { postgres } from '../cuts/postgres.ts'
 import type { Place } from '../cuts/server.ts'
-import { borrowed, borrowing, type Finding } from './stage.ts'
+import { borrowing, type Finding } from './stage.ts'
+
+/** A COMMIT may take its time, and so may the BEGIN of the next borrower. */
+const itsBusiness = `^commit$|isolation level ${borrowing.transaction.isolationLevel}$`
 
 /** The databases of the lab, and what looks at them from outside. */
 export interface Witness {
   readonly place: Place
-  /** What connections of a run are in a transaction, at work, or hold locks; a COMMIT may take its time. */
+  /** What connections of a run are in a transaction, at work, or hold locks, without those of the next borrowers. */
   busy(run: string): Promise<Finding[]>
   /** A lock that somebody else has: for a moment, or until it is released if the unit was `aborted` meanwhile. */
   lockFor(key: number, aborted: () => boolean): Lock
@@ -23,6 +26,7 @@ export async function openWitness(serverUrl: string): Promise<Witness> {
   const place = await postgres.open(serverUrl)
   const looking = new Pool({ connectionString: place.url, application_name: 'witness', max: 4 })
   const lockers = new Pool({ connectionString: place.url, application_name: 'witness', max: 40 })
+  for (const pool of [looking, lockers]) pool.on('error', () => {}) // it says that it has ended before its connections have
   await looking.query(`
     create table slow_commits (seconds float);
     create function commit_slowly() returns trigger language plpgsql as
@@ -33,12 +37,13 @@ export async function openWitness(serverUrl: string): Promise<Witness> {
     place,
     async busy(run) {
       const { rows } = await looking.query(
-        `select state, query, (select count(*) from pg_locks l where l.pid = a.pid and locktype <> 'virtualxid') as locks
+        `with locks as (select * from pg_locks where locktype <> 'virtualxid')
+         select state, query, (select count(*) from locks where pid = a.pid) as locks
            from pg_stat_activity a
-          where application_name in ($1, $2) and state <> 'starting' and query <> $3 and query !~* $4
-            and (xact_start is not null or state <> 'idle'
-                 or exists (select from pg_locks l where l.pid = a.pid and locktype <> 'virtualxid'))`,
-        [`${run}-main`, `${run}-other`, borrowed, `^commit$|isolation level ${borrowing.isolationLevel}$`],
+          where application_name in ($1, $2) and state <> 'starting' and query !~* $3
+            and not exists (select from locks where pid = a.pid and locktype = 'advisory' and classid = $4)
+            and (xact_start is not null or state <> 'idle' or exists (select from locks where pid = a.pid))`,
+        [`${run}-main`, `${run}-other`, itsBusiness, borrowing.lock],
       )
       return rows.map(({ state, query, locks }): Finding => {
         const kind = state === 'active' ? 'still running' : state === 'idle' ? 'kept lock' : 'open transaction'
