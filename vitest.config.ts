@@ -20,9 +20,18 @@ export default defineConfig({
         test: {
           name: 'behaviour',
           include: ['test/**/*.test.ts', 'examples/**/*.test.ts'],
-          exclude: ['**/node_modules/**', 'test/package/**', 'test/docs/**'],
+          exclude: ['**/node_modules/**', 'test/package/**', 'test/docs/**', 'test/truth/**'],
           globalSetup: ['test/support/global-setup.ts'],
           typecheck: { enabled: true, include: ['test/**/*.test-d.ts'], tsconfig: 'tsconfig.json' },
+        },
+      },
+      {
+        extends: true,
+        test: {
+          name: 'truth',
+          include: ['test/truth/**/*.test.ts'],
+          exclude: ['**/node_modules/**'],
+          globalSetup: ['test/support/global-setup.ts'],
         },
       },
       {

@@ -1,4 +1,5 @@
-// The tests on the oldest supported line of Node and on the newest. The types do not depend on it.
+// The tests on the oldest supported line of Node and on the newest. The types do not depend on it, and the hunts in test/truth
+// take minutes each.
 import { stage, summarize, vitest } from './stages.ts'
 
 for (const version of ['22.23.3', '26.10.0']) {

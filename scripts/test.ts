@@ -12,6 +12,8 @@ if (selection.length > 0) {
   await stage('unused code', () => check(['knip']))
   await stage('build', () => check(['tsdown']))
   await stage('behaviour', () => vitest(['--project=behaviour']))
+  // One after the other: each brings a load of its own.
+  await stage('truth', () => vitest(['--project=truth', '--no-file-parallelism']))
   await stage('package', () => vitest(['--project=package']))
   await stage('documentation', () => vitest(['--project=documentation']))
 }

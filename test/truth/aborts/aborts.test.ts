@@ -19,6 +19,7 @@ describe('aborts', () => {
       expect(figures.places).toBeGreaterThan(4000)
       expect(runs).toBeGreaterThan(100)
       expect(figures['only under load']).toBeLessThan(runs / 5)
+      expect(figures['never reached']).toBeLessThan(runs / 20)
     }
   })
 
