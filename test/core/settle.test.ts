@@ -142,7 +142,7 @@ describe('the end of work that returns', () => {
   })
 
   it('C4 bounds the join by settleTimeout, stops what is at the server and rolls back', async () => {
-    const main = define({ settleTimeout: 150 })
+    const main = define({ settleTimeout: 1000 })
     const wall = await databaseGate(database.url)
     let late: Promise<unknown> = Promise.resolve()
     const ending = newContext(async () => {
