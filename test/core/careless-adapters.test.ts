@@ -197,12 +197,12 @@ describe('an adapter', () => {
     const work = failure(
       newContext(() => main.db.run((client) => client.query('select pg_sleep(600)')), { signal: abort.signal }),
     )
-    const running = async () => (await wire.backends()).some(({ state }) => state === 'active')
-    await until(running, 'the statement to run')
+    const sleeping = async () => (await wire.backends()).find(({ query }) => query === 'select pg_sleep(600)')
+    await until(async () => (await sleeping())?.state === 'active', 'the statement to run')
     abort.abort()
     expect(await work).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: undefined })
     expect((await main.connect()).totalCount).toBe(0)
-    const backend = (await wire.backends()).find(({ query }) => query === 'select pg_sleep(600)')
+    const backend = await sleeping()
     await wire.kill(backend!.pid) // the server would notice only at the end of the statement
     await expectFree(main)
   })
