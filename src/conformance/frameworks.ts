@@ -1164,6 +1164,7 @@ class Suite {
       pid = waiting?.pid
       return /^commit/i.test(String(waiting?.query))
     })
+    await nextTurn() // what left before has been read by the client: it may have been ready in the same turn as the witness
     return pid
   }
 
