@@ -7,7 +7,7 @@ import { readFile, writeFile } from 'node:fs/promises'
 import { createRequire } from 'node:module'
 import { basename } from 'node:path'
 import { parseArgs } from 'node:util'
-import { Client } from 'pg'
+import { serverVersion } from '../../test/support/database.ts'
 import { acquirePostgres } from '../../test/support/postgres-server.ts'
 import { type Answers, askAll } from '../../test/truth/field/field.ts'
 import { type Results, type StackResults, withResults } from '../../test/truth/field/results.ts'
@@ -60,7 +60,7 @@ async function run(): Promise<void> {
     const results: Results = {
       date: new Date().toISOString().slice(0, 10),
       node: process.versions.node,
-      postgres: await versionOf(server.url),
+      postgres: await serverVersion(server.url),
       truths: truths.map(({ id, title, scene }) => ({ id, title, scene })),
       stacks: judged,
     }
@@ -91,14 +91,6 @@ function installed(name: string, from: URL): string {
   const own = createRequire(import.meta.url)('../../package.json')
   if (own.name === name) return own.version
   throw new Error(`There is no ${name}.`)
-}
-
-async function versionOf(serverUrl: string): Promise<string> {
-  const client = new Client({ connectionString: serverUrl })
-  await client.connect()
-  const { rows } = await client.query<{ version: string }>("select current_setting('server_version') as version")
-  await client.end()
-  return rows[0]?.version ?? ''
 }
 
 function print(stacks: readonly StackResults[]): void {

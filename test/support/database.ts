@@ -68,6 +68,18 @@ export async function createDatabaseAt(serverUrl: string): Promise<TestDatabase>
   }
 }
 
+/** As the server says it: `18.4`. */
+export async function serverVersion(serverUrl: string): Promise<string> {
+  const client = new Client({ connectionString: serverUrl })
+  await client.connect()
+  try {
+    const { rows } = await client.query<{ server_version: string }>('show server_version')
+    return rows[0]?.server_version ?? ''
+  } finally {
+    await client.end()
+  }
+}
+
 async function administer(serverUrl: string, sql: string): Promise<void> {
   const client = new Client({ connectionString: serverUrl, application_name: 'witness' })
   await client.connect()

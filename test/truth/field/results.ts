@@ -1,3 +1,4 @@
+import { table, withSection } from '../page.ts'
 import type { Answers } from './field.ts'
 import type { Finding } from './truth.ts'
 
@@ -19,15 +20,9 @@ export interface StackResults {
   readonly answers: Answers
 }
 
-const begin = '<!-- results: written by npm run field -->'
-const end = '<!-- end of results -->'
-
 /** The page with the results in the place of those that it had. */
 export function withResults(page: string, results: Results): string {
-  const [before, rest] = page.split(begin)
-  const after = rest?.split(end)[1]
-  if (before === undefined || after === undefined) throw new Error(`The page has no place for results: ${begin} ${end}`)
-  return `${before}${begin}\n\n${render(results)}\n\n${end}${after}`
+  return withSection(page, 'results', 'npm run field', render(results))
 }
 
 const short: Record<Finding['verdict'], string> = {
@@ -67,9 +62,4 @@ function verdictOf(answers: Answers, id: string): Finding['verdict'] {
   const answer = answers[id]
   if (!answer) throw new Error(`There is no answer to ${id}.`)
   return answer.verdict
-}
-
-function table(titles: readonly string[], rows: readonly (readonly string[])[]): string {
-  const line = (cells: readonly string[]) => `| ${cells.map((cell) => cell.replaceAll('|', '\\|')).join(' | ')} |`
-  return [line(titles), line(titles.map(() => '---')), ...rows.map(line)].join('\n')
 }

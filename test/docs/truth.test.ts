@@ -1,0 +1,12 @@
+import { readFileSync } from 'node:fs'
+import { describe, expect, it } from 'vitest'
+import { type Figures, withFigures } from '../truth/figures.ts'
+
+const figures: Figures = JSON.parse(readFileSync('test/truth/figures.json', 'utf8'))
+
+describe('the figures of npm run truth', () => {
+  it('are those that docs/truth.md shows', () => {
+    const page = readFileSync('docs/truth.md', 'utf8')
+    expect(page).toBe(withFigures(page, figures))
+  })
+})
