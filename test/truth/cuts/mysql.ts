@@ -1,5 +1,5 @@
-import { setTimeout as sleep } from 'node:timers/promises'
-import { createPool, type Pool, type RowDataPacket } from 'mysql2/promise'
+import { createPool, type RowDataPacket } from 'mysql2/promise'
+import { lookAt } from '../mysql-activity.ts'
 import { MysqlSocket } from './mysql-socket.ts'
 import type { Server } from './server.ts'
 import type { DatabaseName } from './stage.ts'
@@ -51,7 +51,7 @@ export const mysql: Server = {
       },
       async busy(run) {
         const mine = connections.get(run) ?? new Set()
-        return (await look()).filter(({ id }) => mine.has(id)).map(({ id, doing }) => `${id}: ${doing}`)
+        return (await look()).filter(({ id, busy }) => busy && mine.has(id)).map(({ id, text }) => `${id}: ${text}`)
       },
       async close() {
         for (const database of Object.values(names)) await witness.query(`drop database ${database}`)
@@ -59,34 +59,4 @@ export const mysql: Server = {
       },
     }
   },
-}
-
-interface Busy {
-  readonly id: number
-  readonly doing: string
-}
-
-/** What is at work, or in a transaction. */
-const activity = `select p.id, concat(p.command, ' ', coalesce(p.info, t.trx_state, '')) as doing
-  from information_schema.processlist p left join information_schema.innodb_trx t on t.trx_mysql_thread_id = p.id
-  where p.id <> connection_id() and (t.trx_id is not null or p.command <> 'Sleep')`
-
-/**
- * Looks at the server for all who ask at the same time: it shows what it showed before to whoever asks again within 100 ms.
- * The answer is from after the question.
- */
-function lookAt(witness: Pool): () => Promise<Busy[]> {
-  let next: Promise<Busy[]> | undefined
-  let last: Promise<unknown> = Promise.resolve()
-  return () => {
-    next ??= last
-      .then(() => sleep(110))
-      .then(async () => {
-        next = undefined
-        const [rows] = await witness.query<RowDataPacket[]>(activity)
-        return rows as unknown as Busy[]
-      })
-    last = next.catch(() => {})
-    return next
-  }
 }

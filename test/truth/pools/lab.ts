@@ -1,11 +1,13 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { DatabaseSync } from 'node:sqlite'
 import { SqliteDialect } from 'kysely'
+import { createPool } from 'mysql2/promise'
 import { Pool } from 'pg'
 import { kyselyAdapter } from '../../../src/adapters/kysely.ts'
 import { forKysely } from '../../support/sqlite.ts'
 import { kyselyHandles, type Library, libraries, type Tables } from '../libraries.ts'
-import { openPostgres, openSqlite, type Server } from './place.ts'
+import { mysqlLibraries } from '../mysql-libraries.ts'
+import { openMysql, openPostgres, openSqlite, type Server } from './place.ts'
 import { randomOf } from './random.ts'
 import { type Scenario, scenarios, shortTimeouts, singleScenarios } from './scenarios.ts'
 import { describe, type Sabotage, Stage, settlesWithin, sleep, type Violation } from './stage.ts'
@@ -46,6 +48,12 @@ export const subjects: readonly Subject[] = [
     (library): Subject => ({
       ...{ library, scenarios, wire: true, open: openPostgres, sizes: [2, 5] },
       makePool: ({ url, run, size }) => new Pool({ connectionString: url, application_name: run, max: size }),
+    }),
+  ),
+  ...mysqlLibraries.map(
+    (library): Subject => ({
+      ...{ library, scenarios, wire: true, open: openMysql, sizes: [2, 5] },
+      makePool: ({ url, size }) => createPool({ uri: url, connectionLimit: size }),
     }),
   ),
   {
@@ -133,7 +141,7 @@ async function perform(subject: Case, server: Server, run: string, uncaught: str
     if (!scenario.ends && !hangs) await stage.expectFullPool()
     await stage.expectNoTransaction()
     const closing = stage.shutdown().catch((error) => {
-      const known = scenario.ends === 'ended by the user' && /more than once/.test(String(error)) // by the user, and now
+      const known = scenario.ends === 'ended by the user' && /more than once|closed state/.test(String(error)) // by the user, and now
       if (!known) violate('wrong error', `shutdown(): ${describe(error)}`)
     })
     if (!(await settlesWithin(closing, recovery))) violate('hang', `shutdown() did not end within ${recovery} ms`)

@@ -2,8 +2,11 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { DatabaseSync } from 'node:sqlite'
+import { createPool, type RowDataPacket } from 'mysql2/promise'
 import { Pool } from 'pg'
 import { createDatabaseAt } from '../../support/database.ts'
+import { acquireMariadb } from '../../support/mariadb-server.ts'
+import { lookAt } from '../mysql-activity.ts'
 
 /** What an engine keeps its databases on. */
 export interface Server {
@@ -72,6 +75,49 @@ export async function openPostgres(serverUrl: string): Promise<Server> {
     async close() {
       await witness.end()
       await database.drop()
+    },
+  }
+}
+
+/** The server is started here, unless `MYSQL_URL` names one; its user may create users. */
+export async function openMysql(): Promise<Server> {
+  const server = await acquireMariadb()
+  const name = `pools_${process.pid}_${Date.now()}`
+  const witness = createPool({ uri: server.url, connectionLimit: 4 })
+  await witness.query(`create database ${name}`)
+  await witness.query(`create table ${name}.markers (run varchar(40), label varchar(40), primary key (run, label))`)
+  const look = lookAt(witness)
+  return {
+    async open(run) {
+      const role = `${name}_${run}`.slice(-32)
+      await witness.query(`create user '${role}' identified by '${role}'`)
+      await witness.query(`grant select, insert on ${name}.markers to '${role}'`)
+      const url = new URL(server.url)
+      Object.assign(url, { username: role, password: role, pathname: `/${name}` })
+      const found = async (condition: string, parameters: string[]) => {
+        const sql = `select label from ${name}.markers where ${condition}`
+        const [rows] = await witness.query<RowDataPacket[]>(sql, parameters)
+        return rows.map(({ label }) => String(label))
+      }
+      return {
+        url: url.href,
+        rows: async () => new Set(await found('run = ?', [run])),
+        sees: async (label) => (await found('run = ? and label = ?', [run, label])).length === 1,
+        async connections() {
+          const all = await look()
+          return all.filter(({ user }) => user === role).map(({ inTransaction, text }) => ({ inTransaction, text }))
+        },
+        async admit(connections) {
+          const lock = connections === 0 ? 'lock' : 'unlock' // no connections at all can't be said by their number
+          await witness.query(`alter user '${role}' with max_user_connections ${connections ?? 0} account ${lock}`)
+        },
+        close: async () => void (await witness.query(`drop user '${role}'`)),
+      }
+    },
+    async close() {
+      await witness.query(`drop database ${name}`)
+      await witness.end()
+      await server.stop()
     },
   }
 }

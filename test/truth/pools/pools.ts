@@ -129,7 +129,7 @@ async function plantAll(lab: Lab, chosen: readonly Subject[], { seed }: Conditio
       results[index] = await plant(lab, subject, fault, seed)
     }
   }
-  await Promise.all(Array.from({ length: 4 }, worker))
+  await Promise.all(Array.from({ length: 8 }, worker)) // mostly they wait
   return results
 }
 

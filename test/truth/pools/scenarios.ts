@@ -125,6 +125,15 @@ const slow = (what: 'start-up' | 'BEGIN' | 'COMMIT', label: RegExp, length: 'in 
   },
 })
 
+/** Of PostgreSQL; of MariaDB and MySQL by the number of connections and by the account. */
+const refusals = [
+  '53300',
+  'ER_USER_LIMIT_REACHED',
+  'ER_TOO_MANY_USER_CONNECTIONS',
+  'ER_ACCOUNT_HAS_BEEN_LOCKED',
+  /locked/,
+]
+
 /** More connections than the server admits. */
 const refused: Scenario = {
   name: 'a server that refuses',
@@ -134,7 +143,7 @@ const refused: Scenario = {
     await stage.place.admit(admitted)
     const everybody = () => many(stage.random.whole(10, 30), () => stage.unit((label) => work(stage, label)))
     const ends = await everybody()
-    for (const { label, error } of ends) if (error) stage.expectError(label, error, '53300')
+    for (const { label, error } of ends) if (error) stage.expectError(label, error, ...refusals)
     if (ends.every(({ error }) => !error)) stage.violate('not served', 'nobody was refused: the case shows nothing')
     await stage.place.admit()
     stage.served(await everybody())
@@ -176,7 +185,7 @@ const ended: Scenario = {
     await ending
     const errors = ['AMBIENT_ACQUIRE_TIMEOUT', 'AMBIENT_TRANSACTION_ABORTED', 'AMBIENT_COMMIT_UNKNOWN']
     const ofDriver =
-      /after calling end on the pool|driver has already been destroyed|Connection terminated|Client was closed/
+      /after calling end on the pool|Pool is closed|driver has already been destroyed|Connection terminated|Client was closed|closed state/
     for (const { label, error } of ends) if (error) stage.expectError(label, error, ...errors, ofDriver)
     if (ends.every(({ error }) => !error)) stage.violate('not served', 'nobody noticed: the case shows nothing')
     const late = await stage.unit((label) => stage.write(label))
@@ -278,15 +287,15 @@ const hosts: Scenario = {
   },
 }
 
-/** For PostgreSQL, with a pool. */
+/** For a server, with a pool. */
 export const scenarios: readonly Scenario[] = [
   inner,
   manyUnits,
   tooMany,
   ...(['in time', 'too late'] as const).flatMap((length) => [
-    slow('start-up', /^> startup/, length),
-    slow('BEGIN', /^> [QP] (?:begin|start)\b/i, length),
-    slow('COMMIT', /^> [QP] commit\b/i, length),
+    slow('start-up', /^> (?:startup|login)/, length),
+    slow('BEGIN', /^> (?:[QP]|Query) (?:begin|start)\b/i, length),
+    slow('COMMIT', /^> (?:[QP]|Query) commit\b/i, length),
   ]),
   refused,
   ended,
