@@ -1,10 +1,10 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { type ContextEvent, detach, type SessionEvent, type TransactionEvent } from '../../../src/index.ts'
-import { sleep, within } from '../cuts/lab.ts'
 import type { Mutate } from '../cuts/mutants.ts'
 import { postgres } from '../cuts/postgres.ts'
 import { describe } from '../cuts/stage.ts'
 import type { Library } from '../libraries.ts'
+import { settlesWithin, sleep } from '../waiting.ts'
 import { takeClock } from './clock.ts'
 import { Course, followPromises, type Point } from './course.ts'
 import { openFront } from './front.ts'
@@ -129,7 +129,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
     })
 
     const work = inside(() => unit.run(stage)).catch(() => {}) // what was said is in the claims
-    const settled = within(work, hangBound)
+    const settled = settlesWithin(work, hangBound)
     // A block leaves its context alone, so that is looked at when it has ended.
     const since = kindOf(way) === 'block' ? settled : Promise.race([stage.gone, settled])
     const left = since.then(async () => {
@@ -141,10 +141,10 @@ export async function openLab(serverUrl: string): Promise<Lab> {
     const points = framework ? course.events() : course.points()
     if (point && !course.reached) find('unreached', 'the place was not come to')
     findings.push(...(await left))
-    if (borrowers && !(await within(borrowers, timeouts.acquireTimeout * 2))) find('hang', 'the next borrowers')
+    if (borrowers && !(await settlesWithin(borrowers, timeouts.acquireTimeout * 2))) find('hang', 'the next borrowers')
     lock.release()
     for (let waited = 0; waited < 3000 && (await witness.busy(run)).length > 0; waited += 20) await sleep(20)
-    if (!(await within(stage.reported(), 3000))) find('hang', 'something of it has not settled')
+    if (!(await settlesWithin(stage.reported(), 3000))) find('hang', 'something of it has not settled')
     const failure = await inside(() => stage.occupy()).then(
       () => undefined,
       (error) => error ?? new Error('nothing was thrown'),
@@ -153,7 +153,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
     stage.settled()
     stage.judge(await witness.place.rowsOf(run))
     const closing = inside(() => stage.shutdown())
-    if (!(await within(closing, 3000))) find('hang', 'shutdown() did not end within 3000 ms')
+    if (!(await settlesWithin(closing, 3000))) find('hang', 'shutdown() did not end within 3000 ms')
     for (let waited = 0; wire.sockets > 0 && waited < 500; waited += 10) await sleep(10)
     if (wire.sockets > 0) find('leaked socket', `${wire.sockets} connections are open after shutdown()`)
     await front?.close()

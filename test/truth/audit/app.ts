@@ -6,6 +6,7 @@ import { pgAdapter } from '../../../src/adapters/pg.ts'
 import type { ContextEvent } from '../../../src/events.ts'
 import { type AmbientDatabase, defineDatabase, isAmbientError, newContext } from '../../../src/index.ts'
 import { TappedSocket } from '../tapped-socket.ts'
+import { settlesWithin, sleep } from '../waiting.ts'
 import { faults } from './faults.ts'
 import { type App, type Framework, frameworks, onExpress, type Served } from './frameworks.ts'
 import { databaseNames, keyOf, type Plan, unitIn, unitOf } from './plan.ts'
@@ -212,10 +213,10 @@ class Run implements App {
   async close(): Promise<End> {
     const leftOpen: string[] = []
     const { close } = await this.#served
-    if (!(await within(close(), this.#patience))) leftOpen.push('the server did not close')
+    if (!(await settlesWithin(close(), this.#patience))) leftOpen.push('the server did not close')
     const { main, other } = this.#databases
     const shutdowns = Promise.all([main.shutdown(), other.shutdown()])
-    if (!(await within(shutdowns, 2 * this.#patience))) leftOpen.push('the databases did not shut down')
+    if (!(await settlesWithin(shutdowns, 2 * this.#patience))) leftOpen.push('the databases did not shut down')
     await sleep(20) // what the last connections have to say
     process.off('uncaughtException', this.#onUncaught)
     process.off('unhandledRejection', this.#onUncaught)
@@ -236,22 +237,6 @@ function describe(error: unknown): string {
   if (!(error instanceof Error)) return String(error)
   const { code = error.name, outcome } = error as { code?: string; outcome?: string }
   return `${code}${outcome ? ` [${outcome}]` : ''} ${error.message.slice(0, 160)}`
-}
-
-async function within(promise: Promise<unknown>, ms: number): Promise<boolean> {
-  let timer: NodeJS.Timeout | undefined
-  const late = new Promise<false>((resolve) => {
-    timer = setTimeout(resolve, ms, false)
-  })
-  try {
-    return await Promise.race([promise.then(() => true), late])
-  } finally {
-    clearTimeout(timer)
-  }
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms))
 }
 
 /** What the other process may ask. */

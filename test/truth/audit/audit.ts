@@ -2,6 +2,7 @@ import { Pool } from 'pg'
 import { createDatabaseAt, type TestDatabase } from '../../support/database.ts'
 import { startProxy } from '../../support/proxy.ts'
 import { type Conditions, commandOf, type Failure, type Harness, type Planted, type Row } from '../harness.ts'
+import { sleep } from '../waiting.ts'
 import { AppProcess } from './app-process.ts'
 import { type Fault, faults } from './faults.ts'
 import { type Framework, frameworks } from './frameworks.ts'
@@ -274,8 +275,4 @@ async function each<Item, Result>(
   })
   await Promise.all(workers)
   return results
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms))
 }

@@ -1,5 +1,6 @@
 import type { Pool } from 'pg'
 import type { WireProxy } from '../../support/proxy.ts'
+import { sleep } from '../waiting.ts'
 import type { Order } from './app.ts'
 import { type Connection, type Exchange, openConnection } from './clients.ts'
 import type { Counts, Explanation, Sight } from './judge.ts'
@@ -182,8 +183,4 @@ function askOf({ request, style, rows, spoils }: Plan): { path: string; body: st
   const contended = Object.values(spoils).some((each) => each.includes('contended'))
   const path = `/${encodeURIComponent(style)}/${request}${contended ? '?serializable' : ''}`
   return { path, body: JSON.stringify(order) }
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms))
 }

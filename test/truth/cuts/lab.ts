@@ -1,6 +1,7 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { type Fate, startProxy } from '../../support/proxy.ts'
 import type { Library } from '../libraries.ts'
+import { settlesWithin, sleep } from '../waiting.ts'
 import type { Mutate } from './mutants.ts'
 import type { Server } from './server.ts'
 import { describe, Stage, type Violation } from './stage.ts'
@@ -88,7 +89,7 @@ export async function openLab(server: Server, serverUrl: string): Promise<Lab> {
     const work = unit.run(stage).catch(() => {}) // what was said is in the claims
     const mayHang = library.limits.streams && unit.streams
     const bound = mayHang ? declaredHangBound : hangBound
-    const settled = await within(work, bound)
+    const settled = await settlesWithin(work, bound)
     if (!settled) violate('hang', `not settled within ${bound} ms`)
     const boundaries = log.boundaries()
     stage.settled()
@@ -116,7 +117,7 @@ export async function openLab(server: Server, serverUrl: string): Promise<Lab> {
     await stage.resolve()
     stage.judge(await place.rowsOf(run))
 
-    const closed = await within(stage.shutdown(), 2000)
+    const closed = await settlesWithin(stage.shutdown(), 2000)
     if (!closed) violate('hang', 'shutdown() did not end within 2000 ms')
     for (let waited = 0; proxy.open > 0 && waited < 500; waited += 10) await sleep(10)
     if (proxy.open > 0) violate('leaked socket', `${proxy.open} connections are open after shutdown()`)
@@ -170,21 +171,4 @@ function setTrap(proxy: Awaited<ReturnType<typeof startProxy>>, cut: Cut | undef
 /** All cuts of a unit whose uncut run had these boundaries. */
 export function cutsOf(boundaries: readonly Boundary[]): Cut[] {
   return boundaries.flatMap((boundary) => sides.flatMap((when) => fates.map((fate) => ({ boundary, when, fate }))))
-}
-
-/** Whether `promise` settles in time. */
-export async function within(promise: Promise<unknown>, ms: number): Promise<boolean> {
-  let timer: NodeJS.Timeout | undefined
-  const late = new Promise<false>((resolve) => {
-    timer = setTimeout(resolve, ms, false)
-  })
-  try {
-    return await Promise.race([promise.then(() => true), late])
-  } finally {
-    clearTimeout(timer)
-  }
-}
-
-export function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms))
 }

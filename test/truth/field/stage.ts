@@ -1,7 +1,8 @@
 import { Client } from 'pg'
 import { startProxy, type WireProxy } from '../../support/proxy.ts'
+import { sleep } from '../waiting.ts'
 import type { OpenStack, Stack } from './stack.ts'
-import { sleep, within } from './told.ts'
+import { within } from './told.ts'
 
 /** `transaction` tells which transaction wrote a row. A label that begins with `refused` lets COMMIT fail, as a deferred constraint does. */
 const schema = `

@@ -28,10 +28,6 @@ export async function within<Result>(promise: Promise<Result>, ms: number): Prom
   }
 }
 
-export function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms))
-}
-
 /** Of a transaction: another one in every run. */
 const identifier = /\([0-9a-f-]{36}\)/
 

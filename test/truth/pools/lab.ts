@@ -7,10 +7,11 @@ import { kyselyAdapter } from '../../../src/adapters/kysely.ts'
 import { forKysely } from '../../support/sqlite.ts'
 import { kyselyHandles, type Library, libraries, type Tables } from '../libraries.ts'
 import { mysqlLibraries } from '../mysql-libraries.ts'
+import { settlesWithin, sleep } from '../waiting.ts'
 import { openMysql, openPostgres, openSqlite, type Server } from './place.ts'
 import { randomOf } from './random.ts'
 import { type Scenario, scenarios, shortTimeouts, singleScenarios } from './scenarios.ts'
-import { describe, type Sabotage, Stage, settlesWithin, sleep, type Violation } from './stage.ts'
+import { describe, type Sabotage, Stage, type Violation } from './stage.ts'
 
 /** What must happen within so many ms. */
 interface Bounds {

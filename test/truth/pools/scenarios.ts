@@ -1,6 +1,7 @@
 import { detach } from '../../../src/index.ts'
 import type { Stall } from '../../support/proxy.ts'
-import { type End, type Stage, sleep, type Timeouts } from './stage.ts'
+import { sleep } from '../waiting.ts'
+import type { End, Stage, Timeouts } from './stage.ts'
 
 export interface Scenario {
   readonly name: string

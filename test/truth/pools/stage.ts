@@ -2,6 +2,7 @@ import type { Adapter } from '../../../src/adapter.ts'
 import { type AmbientDatabase, defineDatabase, isAmbientError, newContext } from '../../../src/index.ts'
 import { startProxy, type WireProxy } from '../../support/proxy.ts'
 import type { Library } from '../libraries.ts'
+import { sleep } from '../waiting.ts'
 import type { Place, ServerConnection } from './place.ts'
 import type { Random } from './random.ts'
 
@@ -305,23 +306,6 @@ export class Stage {
     for (const label of rows) if (!this.#said.has(label)) this.violate('wrong outcome', `nobody was told of ${label}`)
     return [...this.#said.values()].filter(({ verdict }) => verdict === 'there').length
   }
-}
-
-/** Whether `promise` settles in time; rejects if it does. */
-export async function settlesWithin(promise: Promise<unknown>, ms: number): Promise<boolean> {
-  let timer: NodeJS.Timeout | undefined
-  const late = new Promise<false>((resolve) => {
-    timer = setTimeout(resolve, ms, false)
-  })
-  try {
-    return await Promise.race([promise.then(() => true), late])
-  } finally {
-    clearTimeout(timer)
-  }
-}
-
-export function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms))
 }
 
 export function describe(error: unknown): string {

@@ -1,8 +1,9 @@
 import { gate } from '../../../support/gate.ts'
 import type { Fate, Message } from '../../../support/proxy.ts'
+import { sleep } from '../../waiting.ts'
 import type { OpenStack } from '../stack.ts'
 import type { Stage } from '../stage.ts'
-import { describe, sleep, tell, traits } from '../told.ts'
+import { describe, tell, traits } from '../told.ts'
 import { broken, type Finding, holds, partly, type Truth } from '../truth.ts'
 
 export const lostAnswer: Truth = {
