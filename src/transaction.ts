@@ -163,7 +163,7 @@ export class Transaction<Connection> {
       failByStatus(level, lease)
       return result
     } catch (error) {
-      if (!unsent) await failByError(level, lease, error)
+      if (!unsent) await this.#failBy(level, lease, error)
       throw error
     }
   }
@@ -208,7 +208,7 @@ export class Transaction<Connection> {
         const broken = failure !== undefined && lease.adapter.traits(failure).reply === 'unanswered'
         await this.#releaseAlone(lease, broken ? asError(failure) : undefined)
       } else if (failure !== undefined) {
-        await failByError(level, lease, failure)
+        await this.#failBy(level, lease, failure)
       } else {
         failByStatus(level, lease)
       }
@@ -247,7 +247,7 @@ export class Transaction<Connection> {
     try {
       await this.#wire.answer(adapter.savepoint(connection, level.name))
     } catch (error) {
-      await failByError(parent, this.#lease as Lease<Connection>, error)
+      await this.#failBy(parent, this.#lease as Lease<Connection>, error)
       throw error
     }
     level.opened = true
@@ -339,6 +339,10 @@ export class Transaction<Connection> {
     } finally {
       this.#begun = undefined
     }
+  }
+
+  #failBy(level: Level, lease: Lease<Connection>, error: unknown): Promise<void> {
+    return this.#wire.finding(failByError(level, lease, error))
   }
 
   /** A statement without a transaction, on a connection of its own. */
@@ -507,7 +511,7 @@ export class Transaction<Connection> {
         await this.#wire.answer(lease.adapter.releaseSavepoint(lease.connection, level.name))
         failByStatus(parent, lease)
       } catch (error) {
-        await failByError(parent, lease, error)
+        await this.#failBy(parent, lease, error)
         throw error
       }
     }

@@ -9,6 +9,8 @@ export class Wire {
   readonly #limits: { readonly settleTimeout: number }
   /** What is awaited from the server. */
   #answer: Promise<unknown> | undefined
+  /** What an error has left behind is being found out. */
+  #finding: Promise<unknown> | undefined
   #acquiring = false
   #lastActivity = 0
 
@@ -17,7 +19,7 @@ export class Wire {
   }
 
   get busy(): boolean {
-    return this.#answer !== undefined || this.#acquiring
+    return this.#answer !== undefined || this.#finding !== undefined || this.#acquiring
   }
 
   get lastActivity(): number {
@@ -48,6 +50,19 @@ export class Wire {
     }
     answer.then(over, over)
     return answer
+  }
+
+  /**
+   * Notes that it is being found out what an error has left behind, as long as it is; returns the same promise. A ROLLBACK waits for
+   * it: what is found behind that would be taken for the doing of the statement.
+   */
+  finding(finding: Promise<void>): Promise<void> {
+    this.#finding = finding
+    const over = () => {
+      if (this.#finding === finding) this.#finding = undefined
+    }
+    finding.then(over, over)
+    return finding
   }
 
   /**
@@ -82,8 +97,13 @@ export class Wire {
   async stop<Connection>(lease: Lease<Connection> | undefined, cancel: boolean): Promise<void> {
     const wire = this.#answer ?? this.stream
     if (!lease) return
-    if (!wire) return lease.interruption // what is sent next must not be cancelled in the place of what was
-    if (cancel) return lease.interrupt(wire)
+    if (wire && cancel) await lease.interrupt(wire)
+    else if (wire) await this.#patient(wire, lease)
+    else await lease.interruption // what is sent next must not be cancelled in the place of what was
+    if (this.#finding) await this.#patient(this.#finding, lease)
+  }
+
+  async #patient<Connection>(wire: Promise<unknown>, lease: Lease<Connection>): Promise<void> {
     const settled = wire.catch(() => {})
     await bounded(settled, this.#limits.settleTimeout, () => undefined).catch(() => lease.interrupt(wire))
   }

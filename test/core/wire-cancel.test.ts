@@ -144,6 +144,29 @@ describe('C8 contexts', () => {
     await expectNothingLeft(main)
   })
 
+  for (const pipeline of [false, true]) {
+    it(`C8 says rolled-back also where the error comes a while before the status behind it${pipeline ? ', pipelined' : ''}`, async () => {
+      const main = wire.define({ pool: { max: 1, pipeline } })
+      const status = gate()
+      const trap = wire.proxy.at('< E 57014', ({ bytes }) => {
+        held = wire.proxy.at('< Z', status)
+        return bytes
+      })
+      let held = trap
+      const abort = new AbortController()
+      const work = failure(newContext(() => main.db.query(forever), { signal: abort.signal }))
+      await running(forever)
+      abort.abort()
+      await trap.caught
+      await held.caught
+      setTimeout(status.open, 100)
+      const error = await work
+      expect(error).toMatchObject({ code: 'AMBIENT_ABORTED', outcome: 'rolled-back' })
+      expect(error.cleanupErrors).toBeUndefined()
+      await expectNothingLeft(main)
+    })
+  }
+
   it('C8 destroys the connection when the statement does not heed the cancel request', async () => {
     const main = wire.define({ pool: { max: 1 } })
     wire.proxy.at('< E 57014', 'stall')
