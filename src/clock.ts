@@ -82,7 +82,12 @@ class Clock {
     this.#timer = outside(() => setTimeout(this.#ring, ms)) // it outlives the unit of work that set it
   }
 
+  /** What came while the process itself was held up is read first: its own delay is nobody's silence. */
   #ring = (): void => {
+    setImmediate(this.#expire)
+  }
+
+  #expire = (): void => {
     const now = performance.now()
     let first = this.#ends.after
     while (first.until <= now) {

@@ -1,7 +1,16 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { expect, it } from 'vitest'
+import { Pool } from 'pg'
+import { afterAll, beforeAll, expect, it } from 'vitest'
 import { bounded } from '../../src/clock.ts'
 import { runChild, sourceUrl } from '../support/child.ts'
+import { createDatabase, type TestDatabase } from '../support/postgres.ts'
+
+let database: TestDatabase
+
+beforeAll(async () => {
+  database = await createDatabase()
+})
+afterAll(() => database.drop())
 
 const never = new Promise<never>(() => {})
 
@@ -25,6 +34,18 @@ it('passes on what it waited for, with its identity', async () => {
   const failure = new Error('of the driver')
   await expect(bounded(Promise.reject(failure), 1000, () => 'late')).rejects.toBe(failure)
   expect(await bounded(Promise.resolve(1), 1000, () => 'late')).toBe(1)
+})
+
+it('S5 takes no delay of the process itself for the silence of the other side', async () => {
+  const pool = new Pool({ connectionString: database.url, max: 1 })
+  const client = await pool.connect()
+  const answer = client.query('select 1 as one')
+  const bound = bounded(answer, 300, () => 'late')
+  await new Promise((resolve) => setImmediate(resolve)) // it is sent
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 2000) // holds the process up; the answer comes meanwhile
+  expect(await bound).toMatchObject({ rows: [{ one: 1 }] })
+  client.release()
+  await pool.end()
 })
 
 it('S12 tells the time outside any async context', async () => {
