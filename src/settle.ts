@@ -123,6 +123,10 @@ async function rollbackEach(sessions: Participant[], error: unknown, cancel: boo
     sessions.map(async (session) => {
       try {
         session.endStream('destroy')
+      } catch (second) {
+        attachCleanupError(error, second) // what is open is rolled back all the same
+      }
+      try {
         return await session.rollbackAtEnd(error, cancel)
       } catch (second) {
         attachCleanupError(error, second)

@@ -1,9 +1,10 @@
-import { defineDatabase, newContext, openContext } from 'ambient-db'
+import { type AmbientDatabase, type DatabaseOptions, defineDatabase, newContext, openContext } from 'ambient-db'
 import { kyselyAdapter } from 'ambient-db/kysely'
 import { pgAdapter } from 'ambient-db/pg'
 import { PostgresDialect } from 'kysely'
-import { Pool, Query } from 'pg'
+import { Pool, type PoolClient, Query } from 'pg'
 import Cursor from 'pg-cursor'
+import QueryStream from 'pg-query-stream'
 import { describe, expect, it } from 'vitest'
 import { gate, until } from '../support/gate.ts'
 import { failure, useWire } from './wire.ts'
@@ -276,6 +277,76 @@ describe('C8 S7', () => {
     expect(await aborted).toMatchObject({ code: 'AMBIENT_ABORTED' })
     await next
   })
+})
+
+describe('C4 S7 leaves nothing open when it is aborted a moment after BEGIN', () => {
+  const insert = 'insert into t values (1) returning id'
+  const works: Record<string, (main: AmbientDatabase<Pool, Pool>) => Promise<unknown>> = {
+    'by a statement': (main) => main.db.query(insert),
+    'by statements of two branches': (main) => Promise.all([main.db.query(insert), main.db.query('select 1')]),
+    'by a cursor': (main) => main.db.query(new Cursor(insert)).read(1),
+    'by a stream': async (main) => {
+      for await (const _ of main.db.query(new QueryStream(insert)));
+    },
+    'by hand': (main) => main.begin().then(() => main.db.query(insert)),
+    'by a block': (main) => main.atomic(() => main.db.query(insert)),
+    'by a savepoint': (main) => main.atomic(() => main.atomic(() => main.db.query(insert))),
+    'by a native transaction': async (main) => {
+      const client = await main.db.connect()
+      await client.query('begin')
+      await client.query(insert)
+      await client.query('commit')
+      client.release()
+    },
+  }
+  const variants: Record<string, Partial<DatabaseOptions<Pool, Pool, PoolClient>> & { pipeline?: boolean }> = {
+    '': {},
+    ', with an afterBegin hook': { hooks: { afterBegin: (session) => (session.db as Pool).query('select 2') } },
+    ', to be looked up': { resolvable: true },
+    ', pipelined': { pipeline: true },
+  }
+
+  for (const [how, work] of Object.entries(works)) {
+    for (const [variant, { pipeline = false, ...options }] of Object.entries(variants)) {
+      if (pipeline && /cursor|stream/.test(how)) continue
+      it(`C4 S7 ${how}${variant}`, async () => {
+        const pool = new Pool({ connectionString: wire.proxy.url, application_name: 'app', max: 1, pipeline })
+        const adapter = pgAdapter(() => pool)
+        let onBegun = () => {}
+        const begin: typeof adapter.begin = (client, settings) => {
+          const answer = adapter.begin(client, settings)
+          answer.then(onBegun, () => {})
+          return answer
+        }
+        const main = defineDatabase({ name: 'main', adapter: { ...adapter, begin }, acquireTimeout: 5000, ...options })
+        for (let moment = 0; moment <= 40; moment++) {
+          const controller = new AbortController()
+          onBegun = async () => {
+            for (let passed = 0; passed < moment; passed++) await undefined
+            controller.abort()
+          }
+          const unit = async () => {
+            await work(main)
+            await forever()
+          }
+          const error = await failure(newContext(unit, { signal: controller.signal }))
+          onBegun = () => {}
+          expect([moment, error.code, error.outcome, error.cleanupErrors]).toEqual([
+            moment,
+            'AMBIENT_ABORTED',
+            'rolled-back',
+            undefined,
+          ])
+          expect([moment, pool.totalCount, pool.idleCount, pool.waitingCount]).toEqual([moment, 1, 1, 0])
+          expect(await wire.backends()).toMatchObject([{ transactionStart: null }])
+        }
+        expect(await wire.ids()).toEqual([])
+        await newContext(() => main.db.query(insert))
+        expect(await wire.ids()).toEqual([1])
+        await main.shutdown()
+      })
+    }
+  }
 })
 
 describe('S4', () => {
