@@ -74,7 +74,8 @@ export class Block<Connection> implements ScopeBlock, Occupant {
     this.session.streams.endIn(this.inner, 'the end of its block')
     this.inner.answerFor()
     this.inner.close(() => this.session.blockEnded(this), cancel)
-    await this.session.stop(cancel)
+    const { transaction } = this.session
+    if (transaction.root === this.level.root) await this.session.stop(cancel) // else what is at the database is not its own
   }
 
   /** Runs `work` in the scope of the block, joins and ends it; the level is left to the caller. */

@@ -1,17 +1,32 @@
 import { outside } from './context.ts'
 
-/** Settles as `promise` does, or rejects with `onTimeout()` after `ms`. `promise` never becomes an unhandled rejection. */
-export function bounded<Result>(promise: Promise<Result>, ms: number, onTimeout: () => unknown): Promise<Result> {
+/**
+ * Settles as `promise` does, or rejects with `onTimeout()` after `ms`. `promise` never becomes an unhandled rejection.
+ *
+ * @param waiting while it waits, this has what rejects it before its time.
+ */
+export function bounded<Result>(
+  promise: Promise<Result>,
+  ms: number,
+  onTimeout: () => unknown,
+  waiting?: Set<(error: unknown) => void>,
+): Promise<Result> {
   return new Promise((resolve, reject) => {
     const clock = clockOf(ms)
-    const wait = clock.start(() => reject(onTimeout()))
+    const wait = clock.start(() => {
+      waiting?.delete(reject)
+      reject(onTimeout())
+    })
+    waiting?.add(reject)
     promise.then(
       (result) => {
         clock.stop(wait)
+        waiting?.delete(reject)
         resolve(result)
       },
       (error) => {
         clock.stop(wait)
+        waiting?.delete(reject)
         reject(error)
       },
     )

@@ -2,6 +2,7 @@ import { AsyncLocalStorage } from 'node:async_hooks'
 import type { EventEmitter } from 'node:events'
 import { Abortion, type AbortOptions, assertTimeout } from './abortion.ts'
 import type { TransactionOptions } from './adapter.ts'
+import { bounded } from './clock.ts'
 import { AmbientError } from './errors.ts'
 import { contextChannel } from './events.ts'
 import { type AfterHook, byRegistration } from './hooks.ts'
@@ -420,13 +421,15 @@ export async function newContext<Result>(
 }
 
 /** Runs `work` in `context` and settles it by the result; the one way in which a unit of work with a callback ends. */
-export async function runUnit<Result>(context: Context, work: () => Result | Promise<Result>): Promise<Result> {
+export async function runUnit<Result>(
+  context: Context,
+  work: () => Result | Promise<Result>,
+  aborted: Promise<never> | undefined = context.abortable ? context.aborted : undefined,
+): Promise<Result> {
   let result: Result
   try {
     if (context.abortion) throw context.abortion // before anything of `work` happens
-    result = context.abortable
-      ? await Promise.race([(async () => context.run(work))(), context.aborted])
-      : await context.run(work)
+    result = aborted ? await Promise.race([(async () => context.run(work))(), aborted]) : await context.run(work)
   } catch (error) {
     await context.settle('rollback', error)
     throw error
@@ -493,11 +496,19 @@ export function detach<Result>(work: () => Result): Result {
   return storage.run(undefined, work)
 }
 
-/** Runs hooks one after the other, each in a context of its own; a failure is reported and changes nothing (K2). */
+/**
+ * Runs hooks one after the other, each in a context of its own, which is aborted if it takes too long; a failure is reported and
+ * changes nothing (K2).
+ */
 export async function runAfterHooks(hooks: AfterHook[]): Promise<void> {
   for (const hook of hooks) {
     try {
-      await detach(() => newContext(hook.run))
+      await detach(() => {
+        const context = new Context({ streams: 'destroy' })
+        const running = runUnit(context, hook.run, context.aborted)
+        bounded(running, hook.timeout, () => context.abort(hook.late())).catch(() => {})
+        return running
+      })
     } catch (error) {
       hook.onError(error)
     } finally {

@@ -13,9 +13,12 @@ import { happened } from './trace.ts'
 
 /** Hooks of a database: they apply to the transactions of all its sessions. */
 export interface DatabaseHooks<Handle> {
-  /** Inside every transaction, right after BEGIN: `SET LOCAL` for row-level security goes here. A throw rolls back. */
+  /**
+   * Inside every transaction, right after BEGIN: `SET LOCAL` for row-level security goes here. A throw rolls back, and so does one
+   * that takes longer than `acquireTimeout` (`AMBIENT_ACQUIRE_TIMEOUT`).
+   */
   readonly afterBegin?: (session: AmbientSession<Handle>) => unknown
-  /** Inside every transaction, before COMMIT and before the hooks of the session. A throw vetoes. */
+  /** Inside every transaction, before COMMIT and before the hooks of the session. A throw vetoes; see {@link AmbientSession.beforeCommit}. */
   readonly beforeCommit?: (session: AmbientSession<Handle>) => unknown
   /** After every COMMIT that was answered. */
   readonly afterCommit?: Hook
@@ -31,18 +34,24 @@ export interface DatabaseOptions<Handle, Engine, Connection> {
   readonly adapter: Adapter<Handle, Engine, Connection>
   /** Given to the engine factory. Default is none. */
   readonly host?: string | undefined
-  /** Runs before each session's first connection, outside any context; may call `changeHost`. Concurrent sessions share a run. */
+  /**
+   * Runs before each session's first connection, outside any context; may call `changeHost`. Concurrent sessions share a run, which
+   * may take `acquireTimeout` (`AMBIENT_ACQUIRE_TIMEOUT`); the next session tries again.
+   */
   readonly beforeSession?: ((database: AmbientDatabase<Handle, Engine>) => unknown) | undefined
   readonly hooks?: DatabaseHooks<Handle> | undefined
   /** How transactions begin unless their context or block says otherwise. Default is the server's. */
   readonly transaction?: TransactionOptions | undefined
-  /** Takes what an `afterCommit` or `afterRollback` hook throws. Default is a process warning. */
+  /** Takes what an `afterCommit` or `afterRollback` hook throws, or that it takes too long. Default is a process warning. */
   readonly onHookError?: ((error: unknown) => void) | undefined
-  /** Milliseconds to wait for a connection and for the first answer on it. Default is `30_000`. */
+  /** Milliseconds for `beforeSession`, for a connection, for the first answer on it, and for `afterBegin`. Default is `30_000`. */
   readonly acquireTimeout?: number | undefined
   /** Milliseconds without a statement after which a block's waiters are refused. Default is `10_000`. */
   readonly blockTimeout?: number | undefined
-  /** Milliseconds for what is under way at the end, and for the answer to COMMIT or ROLLBACK. Default is `30_000`. */
+  /**
+   * Milliseconds for what is under way at the end, for the answer to COMMIT or ROLLBACK, and for each hook before or after it.
+   * Default is `30_000`.
+   */
   readonly settleTimeout?: number | undefined
   /**
    * Lets `resolve()` of an `AMBIENT_COMMIT_UNKNOWN` find out what became of the work, where the engine can tell (PostgreSQL 13 and
@@ -110,7 +119,13 @@ export interface AmbientDatabase<Handle, Engine> {
    * nothing. If the new engine cannot be made, the old one stays and the error is thrown.
    */
   changeHost(host: string): Promise<void>
-  /** Refuses new work (`AMBIENT_SHUT_DOWN`), waits at most `settleTimeout` for what is under way, closes the engine. Idempotent. */
+  /**
+   * Refuses new work (`AMBIENT_SHUT_DOWN`), waits at most `settleTimeout` for what is under way and aborts what is left, then closes
+   * the engine, for which it waits at most `settleTimeout` again. Idempotent. Its failure is a process warning as well, and no
+   * unhandled rejection: `process.once('SIGTERM', main.shutdown)` works.
+   *
+   * @throws `AMBIENT_SHUT_DOWN`, which says what still holds the engine open; what closing the engine failed with.
+   */
   shutdown(): Promise<void>
 }
 
@@ -241,9 +256,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   changeHost = (host: string): Promise<void> => this.engines.changeHost(host)
 
   shutdown = (): Promise<void> => {
-    const details = { database: this.name, statusCode: 503 }
-    const refusal = () => new AmbientError('AMBIENT_SHUT_DOWN', 'It was shut down while work was under way.', details)
-    return this.engines.shutdown(async () => {
+    return this.engines.shutdown(async (refusal) => {
       const used = [...this.sessions].filter((session) => session.touched)
       await Promise.all(used.map((session) => session.abort(refusal()))) // each its own, which says what became of its work
     })
@@ -316,12 +329,21 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     this.engines.assertOpen()
     if (!beforeSession) return undefined
     this.#assertNotPreparing()
-    this.#preparing ??= runInScope({ parent: undefined, context: undefined, preparing: this }, async () =>
-      beforeSession(this),
-    ).finally(() => {
-      this.#preparing = undefined
+    this.#preparing ??= this.#prepare(beforeSession).finally(() => {
+      this.#preparing = undefined // also if it is still running: the next session tries again
     })
     return this.#preparing
+  }
+
+  #prepare(beforeSession: (database: this) => unknown): Promise<unknown> {
+    const scope = { parent: undefined, context: undefined, preparing: this }
+    return this.engines.within(
+      runInScope(scope, async () => beforeSession(this)),
+      () => {
+        const what = `Its \`beforeSession\` did not end within ${this.acquireTimeout} ms.`
+        return new AmbientError('AMBIENT_ACQUIRE_TIMEOUT', what, { database: this.name, statusCode: 503 })
+      },
+    )
   }
 
   #assertNotPreparing(): void {

@@ -1,5 +1,6 @@
-import type { Abortion } from './abortion.ts'
+import { Abortion } from './abortion.ts'
 import { Block } from './atomic.ts'
+import { bounded } from './clock.ts'
 import { AmbientError, isAmbientError, stateOutcome } from './errors.ts'
 import {
   type AfterHook,
@@ -96,8 +97,9 @@ export class Ending<Connection> {
 
   async #runBeforeCommit(hooks: Hook[]): Promise<true> {
     const { root } = this.#session.transaction
+    const { settleTimeout } = this.#session
     for (const hook of hooks) {
-      await this.#runHook('beforeCommit hook', hook)
+      await this.#runHook(hookLabel('beforeCommit', hook), hook, 'AMBIENT_SETTLE_TIMEOUT', settleTimeout)
       if (root.failure || root.refusal) break // no COMMIT follows
     }
     return true
@@ -106,13 +108,37 @@ export class Ending<Connection> {
   /** The database's hook for right after BEGIN, if it has one. */
   get afterBegin(): (() => Promise<void>) | undefined {
     const hook = this.#session.database.hooks.afterBegin
-    return hook && (() => this.#runHook('afterBegin hook', () => hook(this.#session)))
+    if (!hook) return undefined
+    const run = () => hook(this.#session)
+    return () => this.#runHook('afterBegin hook', run, 'AMBIENT_ACQUIRE_TIMEOUT', this.#session.acquireTimeout)
   }
 
-  async #runHook(label: string, hook: Hook): Promise<void> {
+  /** One that takes longer than `timeout` is ended like a block that is aborted. */
+  async #runHook(
+    label: string,
+    hook: Hook,
+    code: 'AMBIENT_ACQUIRE_TIMEOUT' | 'AMBIENT_SETTLE_TIMEOUT',
+    timeout: number,
+  ) {
     const { transaction, owner } = this.#session
     const block = new Block<Connection>(this.#session, label, transaction.root, owner.scope, true)
-    await block.run(hook)
+    const limit = new Abortion({})
+    const running = block.run(hook, limit)
+    bounded(running, timeout, () => limit.abort(this.#late(label, code, timeout))).catch(() => {})
+    await running
+  }
+
+  #late(label: string, code: 'AMBIENT_ACQUIRE_TIMEOUT' | 'AMBIENT_SETTLE_TIMEOUT', timeout: number): AmbientError {
+    return new AmbientError(code, `Its ${label} did not end within ${timeout} ms.`, {
+      database: this.#session.name,
+      statusCode: code === 'AMBIENT_ACQUIRE_TIMEOUT' ? 503 : undefined,
+    })
+  }
+
+  /** How long an after-hook may take, and what becomes of its failure. */
+  limitsOf(when: 'afterCommit' | 'afterRollback', hook?: Hook): Pick<AfterHook, 'timeout' | 'late' | 'onError'> {
+    const { settleTimeout: timeout, hookFailed: onError } = this.#session
+    return { timeout, late: () => this.#late(hookLabel(when, hook), 'AMBIENT_SETTLE_TIMEOUT', timeout), onError }
   }
 
   /** COMMIT without the hooks before it; see {@link Transaction.commit}. */
@@ -156,7 +182,7 @@ export class Ending<Connection> {
     if (!when) return
     const own = opened ? this.#session.database.hooks[when] : undefined
     const due = hooks[when]
-    if (own) due.unshift({ order: this.#session.database.order, run: () => own(), onError: this.#session.hookFailed })
+    if (own) due.unshift({ order: this.#session.database.order, run: () => own(), ...this.limitsOf(when) })
     for (const hook of due) this.#due.push({ ...hook, leave: this.#session.database.engines.hooks.enter() })
   }
 
@@ -177,4 +203,8 @@ export class Ending<Connection> {
 
   #transactionEnded = (): AmbientError =>
     new AmbientError('AMBIENT_BLOCK_ENDED', 'The transaction has ended.', { database: this.#session.database.name })
+}
+
+function hookLabel(when: string, hook?: Hook): string {
+  return hook?.name ? `${when} hook '${hook.name}'` : `${when} hook`
 }

@@ -115,6 +115,10 @@ class Tally {
   #count = 0
   readonly #onEmpty: (() => void)[] = []
 
+  get count(): number {
+    return this.#count
+  }
+
   get empty(): boolean {
     return this.#count === 0
   }
@@ -180,10 +184,13 @@ class Slot<Connection> {
   }
 
   /**
-   * Waits for the only connection, at most `timeout` ms; returns what frees it. `refusal` is asked at once, and again whenever another session has
-   * come to hold the connection.
+   * Waits for the only connection, bounded by `within`; returns what frees it. `refusal` is asked at once, and again whenever another
+   * session has come to hold the connection.
    */
-  async takeTurn(timeout: number, refusal: () => AmbientError | undefined): Promise<() => void> {
+  async takeTurn(
+    within: (turn: Promise<void>) => Promise<void>,
+    refusal: () => AmbientError | undefined,
+  ): Promise<() => void> {
     const refused = refusal()
     if (refused) throw refused
     let free = () => {}
@@ -201,7 +208,7 @@ class Slot<Connection> {
     })
     this.#waiters.add(look)
     try {
-      await bounded(turn, timeout, () => tooLate)
+      await within(turn)
     } catch (error) {
       void before.then(free)
       throw error
@@ -216,15 +223,31 @@ class Slot<Connection> {
     for (const look of [...this.#waiters]) look()
   }
 
-  /** Closes the engine, if there is one. */
-  async close(): Promise<void> {
+  /**
+   * Closes the engine, if there is one.
+   *
+   * @throws `AMBIENT_SHUT_DOWN` after `timeout` ms, which says what holds it open.
+   */
+  async close(timeout: number): Promise<void> {
     const engine = this.#engine
+    const made = this.ready !== undefined
     this.#engine = undefined
     this.ready = undefined
-    await engine?.then(
-      (made) => detach(() => this.adapter.closeEngine(made)),
+    const closing = engine?.then(
+      (engine) => detach(() => this.adapter.closeEngine(engine)),
       () => {}, // it was never made
     )
+    if (closing) await bounded(closing, timeout, () => this.#heldOpen(timeout, made))
+  }
+
+  #heldOpen(timeout: number, made: boolean): AmbientError {
+    const { count } = this.users
+    let why =
+      'no session holds a connection of it, so one that was taken from `connect()` does, or it does not end by itself'
+    if (count > 0) why = `sessions hold or await ${count} of its connections`
+    if (!made) why = 'its factory has not returned'
+    const what = `The engine was not closed within ${timeout} ms: ${why}.`
+    return new AmbientError('AMBIENT_SHUT_DOWN', what, { database: this.#database })
   }
 }
 
@@ -243,6 +266,8 @@ export class Engines<Connection> {
   /** Hooks that are due or run after the end of a transaction. */
   readonly hooks: Tally = new Tally()
   #changing: Promise<void> = Promise.resolve()
+  /** What rejects those who wait for a connection, or for what comes before it. */
+  readonly #waiting = new Set<(error: unknown) => void>()
   /** Engines of former hosts, until they are closed. */
   readonly #closing = new Set<Promise<void>>()
   #shutdown: Promise<void> | undefined
@@ -261,6 +286,11 @@ export class Engines<Connection> {
   assertOpen(): void {
     if (!this.#shutdown) return
     throw new AmbientError('AMBIENT_SHUT_DOWN', 'It was shut down.', { database: this.#database.name, statusCode: 503 })
+  }
+
+  /** Waits at most `acquireTimeout`, and no longer than `shutdown` does. */
+  within<Result>(promise: Promise<Result>, onTimeout: () => unknown = () => tooLate): Promise<Result> {
+    return bounded(promise, this.#database.acquireTimeout, onTimeout, this.#waiting)
   }
 
   /** The native engine of the host in force. */
@@ -285,12 +315,11 @@ export class Engines<Connection> {
     let engine: unknown
     let acquiring: Promise<Connection> | undefined
     try {
-      const { acquireTimeout } = this.#database
-      engine = slot.ready ?? (await bounded(slot.engine(), acquireTimeout, () => tooLate))
+      engine = slot.ready ?? (await this.within(slot.engine()))
       if (slot.capabilities(engine).singleConnection) {
         const surrounds = (holder: object | undefined) => around().some((each) => each === holder && each !== session)
         const refusal = bindCallback(() => (surrounds(slot.holder) ? this.#selfDeadlock() : undefined))
-        free = await slot.takeTurn(acquireTimeout, refusal)
+        free = await slot.takeTurn((turn) => this.within(turn), refusal)
         if (!wanted()) throw tooLate // nobody need be refused for it
         slot.holder = session
       }
@@ -301,7 +330,7 @@ export class Engines<Connection> {
         lease?.lose(error)
       }
       acquiring = detach(() => slot.adapter.acquire(engine, onLost))
-      const connection = await bounded(acquiring, acquireTimeout, () => tooLate)
+      const connection = await this.within(acquiring)
       lease = new Lease(slot, engine, connection, () => {
         slot.holder = undefined
         free()
@@ -320,12 +349,14 @@ export class Engines<Connection> {
   }
 
   #acquireTimeout(held: number): AmbientError {
-    const { name, acquireTimeout } = this.#database
-    return new AmbientError(
-      'AMBIENT_ACQUIRE_TIMEOUT',
+    const { acquireTimeout } = this.#database
+    return this.#tooLate(
       `No connection within ${acquireTimeout} ms; this context and its parents hold ${held} of them.`,
-      { database: name, statusCode: 503 },
     )
+  }
+
+  #tooLate(what: string): AmbientError {
+    return new AmbientError('AMBIENT_ACQUIRE_TIMEOUT', what, { database: this.#database.name, statusCode: 503 })
   }
 
   #selfDeadlock(): AmbientError {
@@ -348,27 +379,55 @@ export class Engines<Connection> {
     const old = this.#slot
     if (host === old.host) return
     const next = new Slot(this.#adapter, this.#database.name, host)
-    if (old.created) await next.engine()
-    if (this.#shutdown) await next.close()
+    const { acquireTimeout, settleTimeout } = this.#database
+    const warn = (error: unknown) => process.emitWarning(`ambient-db: closing an old engine failed: ${textOf(error)}`)
+    const late = () => this.#tooLate(`The engine of the new host was not there within ${acquireTimeout} ms.`)
+    if (old.created) {
+      await bounded(next.engine(), acquireTimeout, late).catch((error) => {
+        void next.close(settleTimeout).catch(warn) // it may still be made
+        throw error
+      })
+    }
+    if (this.#shutdown) await next.close(settleTimeout)
     this.assertOpen()
     this.#slot = next
     const closing = old.users
       .emptied()
-      .then(() => old.close())
-      .catch((error: unknown) => process.emitWarning(`ambient-db: closing an old engine failed: ${codeOf(error)}`))
+      .then(() => old.close(settleTimeout))
+      .catch(warn)
       .finally(() => this.#closing.delete(closing))
     this.#closing.add(closing)
   }
 
-  /** Refuses new work, waits for what is under way, closes the engine (D4). `interrupt` ends what is still there after the wait. */
-  shutdown(interrupt: () => Promise<void>): Promise<void> {
-    this.#shutdown ??= this.#close(interrupt)
-    return this.#shutdown
+  /**
+   * Refuses new work, waits for what is under way, closes the engine (D4). `interrupt` ends what is still there after the wait, with
+   * the error that it is given. A failure is a process warning too, so that nobody need wait for it.
+   */
+  shutdown(interrupt: (refusal: () => AmbientError) => Promise<void>): Promise<void> {
+    if (this.#shutdown) return this.#shutdown
+    const closing = this.#close(interrupt)
+    closing.catch((error: unknown) => process.emitWarning(`ambient-db: the shutdown failed: ${textOf(error)}`))
+    this.#shutdown = closing
+    return closing
   }
 
-  async #close(interrupt: () => Promise<void>): Promise<void> {
-    await bounded(this.#quiet(), this.#database.settleTimeout, () => undefined).catch(interrupt)
-    await Promise.all([this.#slot.close(), ...this.#closing])
+  async #close(interrupt: (refusal: () => AmbientError) => Promise<void>): Promise<void> {
+    const { name: database, settleTimeout } = this.#database
+    const details = { database, statusCode: 503 }
+    const refusal = () => new AmbientError('AMBIENT_SHUT_DOWN', 'It was shut down while work was under way.', details)
+    try {
+      await bounded(this.#quiet(), settleTimeout, () => tooLate)
+    } catch {
+      for (const refuse of [...this.#waiting]) refuse(refusal())
+      await nextTurn() // these end by themselves
+      await interrupt(refusal)
+    }
+    for (const refuse of [...this.#waiting]) refuse(refusal()) // in `beforeSession`
+    const former = bounded(Promise.all(this.#closing), settleTimeout, () => {
+      const what = `The engine of a former host was not closed within ${settleTimeout} ms.`
+      return new AmbientError('AMBIENT_SHUT_DOWN', what, { database })
+    })
+    await Promise.all([this.#slot.close(settleTimeout), former])
   }
 
   /** Resolves when no transaction is under way on any host, and no hook after one. */
@@ -378,6 +437,11 @@ export class Engines<Connection> {
       await nextTurn() // the hooks of the last transaction are due by then
     } while (!this.#slot.users.empty || !this.hooks.empty)
   }
+}
+
+/** What of an error may be shown. */
+function textOf(error: unknown): string {
+  return isAmbientError(error) ? error.message : codeOf(error)
 }
 
 /** What of a driver's error may be shown: its message could hold a connection string (D5). */

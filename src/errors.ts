@@ -20,7 +20,7 @@ export type Resolve = (options?: ResolveOptions) => Promise<CommitOutcome>
 export const catalogue = {
   AMBIENT_ABORTED: 'The signal that was given fired: what was not committed before is rolled back.',
   AMBIENT_ACQUIRE_TIMEOUT:
-    'Release connections earlier (`commit()` or `closeSession()` before long work), enlarge the pool, or raise `acquireTimeout`.',
+    'Release connections earlier (`commit()` or `closeSession()` before long work), enlarge the pool, make `beforeSession` and `afterBegin` shorter, or raise `acquireTimeout`.',
   AMBIENT_ATOMIC_NESTING:
     'An inner block must not break the promise of the outer one: use `current: "savepoint"` or `"join"`, or end the transaction outside the block.',
   AMBIENT_BEFORE_SESSION:
@@ -49,7 +49,7 @@ export const catalogue = {
     'Code that waits for itself never ends: use the session of the block, or start the other work after the block.',
   AMBIENT_SESSION_CLOSED: 'Take a new session with `session()`, or close it later.',
   AMBIENT_SETTLE_TIMEOUT:
-    'Await work before the end, make it shorter, or raise `settleTimeout`; nothing of it was committed.',
+    'Await work before the end, make it shorter, or raise `settleTimeout`; what was not committed before is rolled back.',
   AMBIENT_SHUT_DOWN: 'No new work is taken after `shutdown()`.',
   AMBIENT_STREAM_OPEN: 'Read the stream or cursor to its end, or close it, before anything else on this session.',
   AMBIENT_TIMEOUT: 'Make the work shorter or raise its `timeout`; what was not committed before is rolled back.',

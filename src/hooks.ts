@@ -1,4 +1,5 @@
 import { nextNumber } from './context.ts'
+import type { AmbientError } from './errors.ts'
 
 /** A function that runs before or after the end of a transaction. */
 export type Hook = () => unknown
@@ -7,6 +8,10 @@ export type Hook = () => unknown
 export interface AfterHook {
   readonly order: number
   readonly run: Hook
+  /** Milliseconds that it may take. */
+  readonly timeout: number
+  /** What its context is aborted with then. */
+  readonly late: () => AmbientError
   /** Takes its failure, which never changes the outcome. */
   readonly onError: (error: unknown) => void
   /** Tells its database, whose shutdown waits for it, that it has run or never will. */
@@ -24,8 +29,8 @@ export function noHooks(): Hooks {
   return { beforeCommit: [], afterCommit: [], afterRollback: [] }
 }
 
-export function afterHook(run: Hook, onError: AfterHook['onError']): AfterHook {
-  return { order: nextNumber(), run, onError }
+export function afterHook(run: Hook, more: Pick<AfterHook, 'timeout' | 'late' | 'onError'>): AfterHook {
+  return { order: nextNumber(), run, ...more }
 }
 
 /** Sorts after-hooks, also of several databases, in the order in which they were registered. */

@@ -42,11 +42,17 @@ export interface AmbientSession<Handle> {
   close(outcome?: 'commit' | 'rollback'): Promise<void>
   /** Runs `work` in a savepoint; with nothing open, in a transaction that is committed at the end. */
   savepoint<Result>(work: () => Result | Promise<Result>): Promise<Result>
-  /** Runs before COMMIT, inside the transaction; a throw vetoes it. */
+  /**
+   * Runs before COMMIT, inside the transaction; a throw vetoes it, and so does a hook that takes longer than `settleTimeout`
+   * (`AMBIENT_SETTLE_TIMEOUT`): its statement is cancelled, and later ones of it are refused.
+   */
   beforeCommit(hook: Hook): void
-  /** Runs after COMMIT was answered, in a context of its own; a failure is reported and changes nothing. */
+  /**
+   * Runs after COMMIT was answered, in a context of its own; a failure is reported to `onHookError` and changes nothing. A hook that
+   * takes longer than `settleTimeout` is one (`AMBIENT_SETTLE_TIMEOUT`): its context is aborted, and the next hook runs.
+   */
   afterCommit(hook: Hook): void
-  /** Runs after the transaction was rolled back, in a context of its own. */
+  /** Runs after the transaction was rolled back, in a context of its own, like `afterCommit`. */
   afterRollback(hook: Hook): void
   /** Rolls back what is open and closes. */
   [Symbol.asyncDispose](): Promise<void>
@@ -261,11 +267,11 @@ export class Session<Connection>
   }
 
   afterCommit = (hook: Hook): void => {
-    this.#hooks().afterCommit.push(afterHook(hook, this.hookFailed))
+    this.#hooks().afterCommit.push(afterHook(hook, this.ending.limitsOf('afterCommit', hook)))
   }
 
   afterRollback = (hook: Hook): void => {
-    this.#hooks().afterRollback.push(afterHook(hook, this.hookFailed))
+    this.#hooks().afterRollback.push(afterHook(hook, this.ending.limitsOf('afterRollback', hook)))
   }
 
   readonly hookFailed = (error: unknown): void => {
