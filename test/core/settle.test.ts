@@ -675,6 +675,7 @@ describe('several databases', () => {
       },
       { signal: abort.signal },
     )
+    ending.catch(() => {})
     await until(async () => (await backendOf('one'))?.query === 'COMMIT')
     abort.abort()
     await committing.open()
