@@ -61,6 +61,8 @@ export class Abortion {
 
   /** Stops watching, and forgets the signal. */
   stop(): void {
+    // The error is kept for late code, and until a stack is read it keeps the objects of its calls alive: sessions, blocks.
+    for (const each of [this.#error, this.#error?.cause]) if (each instanceof Error) void each.stack
     this.#stop()
     this.#stop = () => {}
   }

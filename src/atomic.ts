@@ -37,7 +37,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   readonly owns = true
   readonly hook: boolean
   readonly inner: Lane
-  readonly scope: Scope
+  scope: Scope
   /** Where its statements run; named savepoints of a native block move it. */
   level: Level
   exclusive?: 'transaction' | undefined
@@ -46,14 +46,48 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   begun = true
   live = true
 
-  constructor(session: Session<Connection>, label: string, level: Level, surrounding: Scope | undefined, hook = false) {
+  constructor(
+    session: Session<Connection>,
+    label: string,
+    level: Level,
+    surrounding: Scope | undefined,
+    hook = false,
+    place = session.place(),
+  ) {
     this.session = session
     this.label = label
-    this.place = session.place()
+    this.place = place
     this.level = level
     this.hook = hook
     this.inner = new Lane(session)
     this.scope = { parent: surrounding, context: surrounding?.context, block: this }
+    session.blocks ??= new Set()
+    session.blocks.add(this)
+  }
+
+  get database(): object {
+    return this.session.database
+  }
+
+  get owner(): object {
+    return this.session.owner
+  }
+
+  /** Leaves its scope, so that a timer that was forgotten in it pins no session. */
+  leave(): void {
+    const { begun, hook, label, place, database, owner } = this
+    this.session.blocks?.delete(this)
+    if (this.scope.block !== this) return
+    this.scope.block = begun ? { live: false, begun, hook, label, place, database, owner } : undefined
+  }
+
+  /** What refuses late code of a block that has ended, at `session`, which may follow the one that it ran in. */
+  static ended<Connection>(session: Session<Connection>, { label, hook, place }: ScopeBlock): Block<Connection> {
+    const block = new Block(session, label, session.transaction.root, undefined, hook, place)
+    block.live = false
+    block.leave()
+    block.inner.close(() => session.blockEnded(block))
+    return block
   }
 
   /** Awaits what is under way in it; the first failure is thrown. */
@@ -71,6 +105,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   /** Lets nothing in any more and awaits (or cancels) what is at the database. */
   async end(cancel = false): Promise<void> {
     this.live = false
+    this.leave()
     this.session.streams.endIn(this.inner, 'the end of its block')
     this.inner.answerFor()
     this.inner.close(() => this.session.blockEnded(this), cancel)

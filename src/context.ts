@@ -12,23 +12,30 @@ import { closeAll, commitAll, type Participant, rollbackAll, type Unit } from '.
 const protocol = 1
 
 /**
- * Where code runs: the innermost block and context, and through `parent` all that surround them. Immutable; a new one for
- * every context, block and session beside the context.
+ * Where code runs: the innermost block and context, and through `parent` all that surround them. A new one for every context, block
+ * and session beside the context. It lives as long as anything that was started in it, so what has ended leaves it.
  */
 export interface Scope {
   readonly parent: Scope | undefined
   readonly context: Context | undefined
-  /** The block that this scope was made for. */
-  readonly block?: ScopeBlock
-  /** The session beside the context that this scope was made for. */
-  readonly session?: Participant
+  /** The block that this scope was made for; once it has ended, what is left of it to refuse its late code. */
+  block?: ScopeBlock | undefined
+  /** The session beside the context that this scope was made for, until it is closed. */
+  readonly beside?: { session: Participant | undefined }
   /** The database whose `beforeSession` runs here. */
   readonly preparing?: object
 }
 
 /** What the chain of scopes needs to know of a block. */
 export interface ScopeBlock {
-  readonly session: Participant
+  /** Absent when the block has ended. */
+  readonly session?: Participant
+  readonly database: object
+  readonly owner: object
+  readonly label: string
+  readonly place: string | undefined
+  /** It takes part: the native ones only from their BEGIN on. */
+  readonly begun: boolean
   /** It takes statements: begun and not ended. */
   readonly live: boolean
   readonly hook: boolean
@@ -370,10 +377,10 @@ export function liveScope(scope: Scope | undefined): Scope | undefined {
   return nearest
 }
 
-function isOver({ block, session, context, preparing }: Scope): boolean {
+function isOver({ block, beside, context, preparing }: Scope): boolean {
   if (preparing) return false
-  if (block) return hasSettled(block.session.owner as Context) // its late code is refused until then
-  if (session) return session.closed
+  if (block) return hasSettled(block.owner as Context) // its late code is refused until then
+  if (beside) return !beside.session
   return hasSettled(context)
 }
 
@@ -389,7 +396,7 @@ export function* enclosingScopes(scope: Scope | undefined = currentScope()): Gen
 /** Hooks may use the sessions of their own context when everybody else is refused already. */
 function insideHook(owner: Context): boolean {
   for (let scope = currentScope(); scope; scope = scope.parent) {
-    if (scope.block?.hook && scope.block.live && scope.block.session.owner === owner) return true
+    if (scope.block?.hook && scope.block.live && scope.block.owner === owner) return true
   }
   return false
 }

@@ -246,7 +246,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     const unit = new Context({ streams: 'destroy', ...abort }, (owner) => {
       session = owner.session(this, () => new Session(this, owner, { transaction, hold }))
       const surrounding = currentScope()
-      return { parent: liveScope(surrounding), context: surrounding?.context, session } // one that has ended refuses
+      return { parent: liveScope(surrounding), context: surrounding?.context, beside: { session } } // one that has ended refuses
     })
     return runUnit(unit, () => work(session as AmbientSession<unknown> as AmbientSession<Handle>)) // its handle comes from this adapter
   }
@@ -357,7 +357,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   contextEnded(owner: Context): AmbientError {
     const where = happened('It was ended', owner.endedAt)
     const details = { database: this.name, ...(owner.abortion && { cause: owner.abortion }) }
-    if (owner.scope.session) return new AmbientError('AMBIENT_SESSION_CLOSED', `Its work has ended.${where}`, details)
+    if (owner.scope.beside) return new AmbientError('AMBIENT_SESSION_CLOSED', `Its work has ended.${where}`, details)
     return new AmbientError('AMBIENT_CONTEXT_ENDED', `The context has ended.${where}`, details)
   }
 }

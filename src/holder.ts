@@ -78,7 +78,10 @@ export class Holder<Connection> {
   #surrounding = (): Session<unknown>[] => {
     const sessions = new Set<Session<unknown>>()
     for (const scope of enclosingScopes()) {
-      for (const session of [scope.session, scope.context?.peek(this.#database)] as (Session<unknown> | undefined)[]) {
+      for (const session of [scope.beside?.session, scope.context?.peek(this.#database)] as (
+        | Session<unknown>
+        | undefined
+      )[]) {
         if (session?.database === this.#database) sessions.add(session)
       }
     }

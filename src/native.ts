@@ -1,6 +1,6 @@
 import type { NativeBlock, TransactionSettings } from './adapter.ts'
 import { Block } from './atomic.ts'
-import { type Context, currentScope, enclosingScopes, runInScope, type Scope } from './context.ts'
+import { currentScope, enclosingScopes, runInScope, type Scope } from './context.ts'
 import { AmbientError } from './errors.ts'
 import { moveHooks } from './hooks.ts'
 import { Level } from './level.ts'
@@ -13,7 +13,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
   block: Block<Connection> | undefined
   readonly session: Session<Connection>
   /** The scope of what is entered; begin puts the block into it. */
-  #scope: { parent: Scope | undefined; context: Context | undefined; block?: Block<Connection> } | undefined
+  #scope: Scope | undefined
   /** Named savepoints that are open, from the outside in; a name hides an older one of the same name. */
   #savepoints: { readonly name: string; readonly level: Level }[] = []
   #finish: (outcome: 'commit' | 'rollback') => void = () => {}
@@ -47,8 +47,12 @@ export class NativeTransaction<Connection> implements NativeBlock {
     this.#savepoints = []
     const enclosing = session.enclosingBlock()
     const lane = enclosing?.inner ?? session.lane
-    if (this.#scope && [...enclosingScopes()].includes(this.#scope)) this.#scope.block = block
-    else block.exclusive = 'transaction'
+    if (this.#scope && [...enclosingScopes()].includes(this.#scope)) {
+      block.scope = this.#scope
+      block.scope.block = block
+    } else {
+      block.exclusive = 'transaction'
+    }
     const finished = new Promise<'commit' | 'rollback'>((resolve) => {
       this.#finish = resolve
     })
@@ -73,6 +77,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
       this.#turn = session.inTurn(lane, block, turn)
       this.#turn.catch((error) => {
         block.live = false // also if it never had its turn, so that the client can begin again
+        block.leave()
         reject(error)
       })
     })

@@ -369,7 +369,7 @@ export class ResponseGuard implements Interceptor {
 
   #refuseInBlock(): void {
     for (const { block } of enclosingScopes()) {
-      if (!block?.live || !this.#context.participants().includes(block.session)) continue
+      if (!block?.session || !block.live || !this.#context.participants().includes(block.session)) continue
       throw new AmbientError('AMBIENT_RESPONSE_IN_BLOCK', 'The answer was begun inside a block that is still open.', {
         database: block.session.name,
       })

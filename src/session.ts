@@ -1,5 +1,5 @@
 import type { NativeBlock, OpenStream, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
-import { type AtomicOptions, atomic, type Block } from './atomic.ts'
+import { type AtomicOptions, atomic, Block } from './atomic.ts'
 import { assertOutcome, type Context, currentScope, enclosingScopes, nextNumber, runAfterHooks } from './context.ts'
 import type { DatabaseCore } from './database.ts'
 import { Ending } from './ending.ts'
@@ -75,6 +75,8 @@ export class Session<Connection>
   readonly holder: Holder<Connection>
   readonly streams: Streams<Connection> = new Streams(this)
   readonly ending: Ending<Connection> = new Ending(this)
+  /** Those that have not ended. */
+  blocks: Set<Block<Connection>> | undefined
   transaction: Transaction<Connection>
   readonly #settings: SessionSettings
   #handle: unknown
@@ -333,8 +335,9 @@ export class Session<Connection>
   /** The innermost block around the running code, live or ended, also of a session that was closed and that this one follows. */
   enclosingBlock(): Block<Connection> | undefined {
     for (let scope = currentScope(); scope; scope = scope.parent) {
-      const block = scope.block as Block<Connection> | undefined // if it is of this database
-      if (block?.session.database === this.database && block.session.owner === this.owner && block.begun) return block
+      const { block } = scope
+      if (block?.database !== this.database || block.owner !== this.owner || !block.begun) continue
+      return block.session ? (block as Block<Connection>) : Block.ended(this, block) // of this database, so it is one of ours
     }
     return undefined
   }
@@ -366,7 +369,7 @@ export class Session<Connection>
 
   #contextEnded = (): AmbientError => this.database.contextEnded(this.owner)
 
-  blockEnded(block: Block<Connection>): AmbientError {
+  blockEnded(block: Occupant): AmbientError {
     const what = `${capital(block.label)} has ended.${happened(`${block.label} was started`, block.place)}`
     return this.#refused(new AmbientError('AMBIENT_BLOCK_ENDED', what, { database: this.name }))
   }
@@ -459,6 +462,8 @@ export class Session<Connection>
     this.lane.close(this.#closed)
     this.#handle = undefined
     this.database.sessions.delete(this)
+    if (this.blocks) for (const block of this.blocks) block.leave() // such as never end
+    if (this.owner.scope.beside) this.owner.scope.beside.session = undefined
     const ending = this.holder.end()
     if (ending) return ending.then(() => this.publish('closed'))
     this.publish('closed')

@@ -1,4 +1,5 @@
 import { type CurrentTransaction, newContext } from 'ambient-db'
+import Cursor from 'pg-cursor'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { gate } from '../support/gate.ts'
 import { createSubject, type Subject } from '../support/subject.ts'
@@ -803,6 +804,36 @@ describe('the end of a block', () => {
       const before = subject.sent.length
       late.open()
       for (const error of await Promise.all(laterOn)) expect(error).toMatchObject(ended)
+      expect(subject.sent).toHaveLength(before)
+    })
+    expect(await notes()).toEqual(['a', 'b'])
+  })
+
+  it('A6 S6 refuses them also when its session was closed, and another one follows', async () => {
+    await newContext(async () => {
+      const late = gate()
+      let laterOn: Promise<unknown>[] = []
+      await main.atomic(async function transfer() {
+        laterOn = [
+          () => note('late'),
+          () => main.atomic(() => note('late')),
+          () => main.atomic(() => note('late'), { current: 'join' }),
+          () => main.begin(),
+          () => main.commit(),
+          () => main.closeSession('commit'),
+          () => main.db.query(new Cursor('select 1')).read(1),
+          () => main.db.connect().then((client) => client.query('begin')),
+          () => main.afterCommit(() => {}),
+        ].map((act) => late.passed.then(act).catch((error: unknown) => error))
+        await note('a')
+      })
+      await main.closeSession('commit')
+      await note('b')
+      const before = subject.sent.length
+      late.open()
+      for (const error of await Promise.all(laterOn)) {
+        expect(error).toMatchObject({ ...ended, message: expect.stringMatching(/Atomic block 'transfer' has ended/) })
+      }
       expect(subject.sent).toHaveLength(before)
     })
     expect(await notes()).toEqual(['a', 'b'])

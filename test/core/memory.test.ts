@@ -89,11 +89,12 @@ it('C4 empties the container of a context that failed, and drops its signal', as
   ).toEqual([])
 })
 
-it('C4 lets a timer that was forgotten in a block pin neither handle, nor hooks, nor results', async () => {
+it('C4 lets a timer that was forgotten in a block, or in a session beside, pin neither session, nor handle, nor hooks, nor results', async () => {
   expect(
     await aliveAfter(`
       await newContext(async () => {
         const session = main.session()
+        watch('session', session)
         watch('handle', session.db)
         const result = await main.atomic(async () => {
           await session.db.query('select 1')
@@ -114,6 +115,7 @@ it('C4 lets a timer that was forgotten in a block pin neither handle, nor hooks,
       })
       await main.newSession(async (session) => {
         await session.db.query('select 1')
+        watch('session beside', session)
         watch('handle of a session beside', session.db)
         forget()
       })

@@ -1,8 +1,8 @@
 import { DatabaseSync } from 'node:sqlite'
-import { CompiledQuery, SqliteDialect } from 'kysely'
+import { CompiledQuery, PostgresDialect, SqliteDialect } from 'kysely'
 import { Pool } from 'pg'
 import QueryStream from 'pg-query-stream'
-import { kyselyAdapter } from '../../../src/adapters/kysely.ts'
+import { kyselyAdapter, kyselyHandle } from '../../../src/adapters/kysely.ts'
 import { pgAdapter } from '../../../src/adapters/pg.ts'
 import { type AmbientSession, defineDatabase, detach, newContext } from '../../../src/index.ts'
 import { forKysely } from '../../support/sqlite.ts'
@@ -34,6 +34,8 @@ export const file = defineDatabase({
   adapter: kyselyAdapter<unknown>(() => new SqliteDialect({ database: forKysely(new DatabaseSync(':memory:')) })),
 })
 
+const kysely = kyselyHandle<unknown>(main, (handle) => new PostgresDialect({ pool: handle }))
+
 /** Connections that did not come back. */
 export function connectionsOut(): number {
   return pool.totalCount - pool.idleCount + pool.waitingCount
@@ -44,16 +46,12 @@ const million = { long: 1_000_000, short: 40_000 }
 const many = { long: 100_000, short: 2000 }
 const some = { long: 1000, short: 50 }
 
-/** Does `work` with a session whose handle is watched, and leaves a timer behind in its context. */
-function pinned(
-  name: string,
-  work: (session: AmbientSession<Pool>, tools: Tools) => unknown,
-  watched: 'session' | 'handle' = 'session',
-): Use {
+/** Does `work` with a session that is watched, and its handle, and leaves a timer behind in its context. */
+function pinned(name: string, work: (session: AmbientSession<Pool>, tools: Tools) => unknown): Use {
   const run = (tools: Tools) =>
     newContext(async () => {
       const session = main.session()
-      if (watched === 'session') tools.watch(session)
+      tools.watch(session)
       tools.watch(session.db)
       await session.db.query('select 1')
       tools.forgetTimer()
@@ -98,26 +96,38 @@ export const uses: readonly Use[] = [
       register(hook)
     }
   }),
-  // What refuses late code of a block, or of a session beside the context, is the session: closed, without handle and connection.
-  pinned(
-    'in a block',
-    async ({ db }, { forgetTimer }) => {
+  pinned('in a block', async ({ db }, { forgetTimer }) => {
+    await main.atomic(async () => {
+      await db.query('select 1')
+      forgetTimer()
       await main.atomic(async () => {
         await db.query('select 1')
         forgetTimer()
-        await main.atomic(() => db.query('select 1'))
       })
-    },
-    'handle',
+    })
+  }),
+  pinned('in a native transaction', (_, { forgetTimer }) =>
+    kysely.transaction().execute(async () => {
+      await main.db.query('select 1')
+      forgetTimer()
+    }),
   ),
+  pinned('in hooks', (_, { forgetTimer }) => {
+    for (const register of [main.beforeCommit, main.afterCommit]) register(() => forgetTimer())
+  }),
   pinned('after a stream', async ({ db }) => {
     for await (const _ of db.query(new QueryStream('select generate_series(1, 3)')));
   }),
   pinned('beside a session of its own', (_, { watch, forgetTimer }) =>
     main.newSession(async (session) => {
+      watch(session)
       watch(session.db)
       await session.db.query('select 1')
       forgetTimer()
+      await session.savepoint(async () => {
+        await session.db.query('select 1')
+        forgetTimer()
+      })
     }),
   ),
   pinned('with detached work', (_, { forgetTimer }) => detach(forgetTimer)),
@@ -136,6 +146,25 @@ export const uses: readonly Use[] = [
         await new Promise(() => {})
       }
       return newContext(work, { signal }).catch(() => {})
+    },
+  },
+  {
+    name: 'a forgotten timer, in a block that is aborted and never returns',
+    contexts: some,
+    measured: 'pins',
+    run: (tools) => {
+      const controller = new AbortController()
+      const block = async () => {
+        await main.db.query('select 1')
+        tools.forgetTimer()
+        controller.abort()
+        await new Promise(() => {})
+      }
+      const work = () => {
+        tools.watch(main.session())
+        return main.atomic(block)
+      }
+      return newContext(work, { signal: controller.signal }).catch(() => {})
     },
   },
 ]
