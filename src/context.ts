@@ -3,7 +3,7 @@ import type { EventEmitter } from 'node:events'
 import { Abortion, type AbortOptions, assertTimeout } from './abortion.ts'
 import type { TransactionOptions } from './adapter.ts'
 import { bounded } from './clock.ts'
-import { AmbientError } from './errors.ts'
+import { AmbientError, isAmbientError } from './errors.ts'
 import { contextChannel } from './events.ts'
 import { type AfterHook, byRegistration } from './hooks.ts'
 import { closeAll, commitAll, type Participant, rollbackAll, type Unit } from './settle.ts'
@@ -503,23 +503,34 @@ export function detach<Result>(work: () => Result): Result {
   return storage.run(undefined, work)
 }
 
-/**
- * Runs hooks one after the other, each in a context of its own, which is aborted if it takes too long; a failure is reported and
- * changes nothing (K2).
- */
+/** Runs hooks one after the other, each in a context of its own; a failure is reported and changes nothing (K2). */
 export async function runAfterHooks(hooks: AfterHook[]): Promise<void> {
   for (const hook of hooks) {
-    try {
-      await detach(() => {
-        const context = new Context({ streams: 'destroy' })
-        const running = runUnit(context, hook.run, context.aborted)
-        bounded(running, hook.timeout, () => context.abort(hook.late())).catch(() => {})
-        return running
-      })
-    } catch (error) {
-      hook.onError(error)
-    } finally {
-      hook.leave?.()
-    }
+    await detach(() => runAfterHook(hook))
+    hook.leave?.()
+  }
+}
+
+/**
+ * Its context is aborted if it takes too long. Then it has the same time once more to heed that: the answer to a COMMIT that it
+ * has sent elsewhere comes in that time or never, and is told of.
+ */
+async function runAfterHook({ run, timeout, late, onError }: AfterHook): Promise<void> {
+  const context = new Context({ streams: 'destroy' })
+  let ended: Promise<unknown> = Promise.resolve()
+  const work = () => {
+    ended = (async () => run())()
+    return ended
+  }
+  const running = runUnit(context, work, context.aborted)
+  bounded(running, timeout, () => context.abort(late())).catch(() => {})
+  try {
+    await running
+  } catch (error) {
+    onError(error)
+    if (error !== context.abortion) return
+    await bounded(ended, timeout, () => undefined).catch((second) => {
+      if (isAmbientError(second) && (second.outcome === 'unknown' || second.outcome === 'partial')) onError(second)
+    })
   }
 }

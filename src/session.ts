@@ -49,7 +49,8 @@ export interface AmbientSession<Handle> {
   beforeCommit(hook: Hook): void
   /**
    * Runs after COMMIT was answered, in a context of its own; a failure is reported to `onHookError` and changes nothing. A hook that
-   * takes longer than `settleTimeout` is one (`AMBIENT_SETTLE_TIMEOUT`): its context is aborted, and the next hook runs.
+   * takes longer than `settleTimeout` is one (`AMBIENT_SETTLE_TIMEOUT`): its context is aborted, and the next hook runs, once this
+   * one has ended or the same time has passed again.
    */
   afterCommit(hook: Hook): void
   /** Runs after the transaction was rolled back, in a context of its own, like `afterCommit`. */

@@ -222,6 +222,25 @@ describe('hooks after the end', () => {
     })
   }
 
+  it('K2 S5 reports the unknown outcome of what an `afterCommit` hook has committed when it took too long', async () => {
+    const errors: unknown[] = []
+    const steps: string[] = []
+    const main = wire.define({ settleTimeout: 1000, onHookError: (error) => errors.push(error) })
+    await newContext(async () => {
+      await insert(main, 1)
+      main.afterCommit(async () => {
+        await newContext(async () => {
+          await insert(main, 2)
+          await main.db.query('select pg_sleep(0.3)')
+          wire.proxy.at('> Q COMMIT', 'stall')
+        })
+      })
+      main.afterCommit(() => steps.push(`next, behind ${errors.length} errors`))
+    })
+    expect(errors).toMatchObject([{ code: 'AMBIENT_SETTLE_TIMEOUT' }, { code: 'AMBIENT_COMMIT_UNKNOWN' }])
+    expect(steps).toEqual(['next, behind 2 errors'])
+  })
+
   it('K2 bounds the hooks of the database as well', async () => {
     const errors: unknown[] = []
     const hooks = { afterCommit: forever, afterRollback: forever }

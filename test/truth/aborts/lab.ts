@@ -152,7 +152,7 @@ export async function openLab(serverUrl: string): Promise<Lab> {
     if (failure) find('lost slot', `the pool is not full: ${describe(failure)}`)
     stage.settled()
     stage.judge(await witness.place.rowsOf(run))
-    const closing = inside(() => stage.shutdown())
+    const closing = inside(() => stage.shutdown()).catch((error) => find('hang', `shutdown(): ${describe(error)}`))
     if (!(await settlesWithin(closing, 3000))) find('hang', 'shutdown() did not end within 3000 ms')
     for (let waited = 0; wire.sockets > 0 && waited < 500; waited += 10) await sleep(10)
     if (wire.sockets > 0) find('leaked socket', `${wire.sockets} connections are open after shutdown()`)

@@ -117,7 +117,8 @@ export async function openLab(server: Server, serverUrl: string): Promise<Lab> {
     await stage.resolve()
     stage.judge(await place.rowsOf(run))
 
-    const closed = await settlesWithin(stage.shutdown(), 2000)
+    const closing = stage.shutdown().catch((error) => violate('hang', `shutdown(): ${describe(error)}`))
+    const closed = await settlesWithin(closing, 2000)
     if (!closed) violate('hang', 'shutdown() did not end within 2000 ms')
     for (let waited = 0; proxy.open > 0 && waited < 500; waited += 10) await sleep(10)
     if (proxy.open > 0) violate('leaked socket', `${proxy.open} connections are open after shutdown()`)
