@@ -182,7 +182,9 @@ async function runAtomic<Connection, Result>(
     if (open && mode === 'raise') throw transactionOpen(session, label)
     if (open && mode === 'commit') await session.ending.commit(transaction)
     if (open && mode === 'rollback') await session.ending.rollback(transaction)
-    if (mode === 'join' || (open && mode === 'savepoint')) return nested(session, mode, outer, settings, attempt)
+    if (mode === 'join' || (open && mode === 'savepoint')) {
+      return nested(session, mode, outer, enclosing !== undefined, settings, attempt)
+    }
     if (open && mode === 'append') {
       transaction.agree(settings)
       transaction.assertUsable(outer)
@@ -215,11 +217,11 @@ async function nested<Connection, Result>(
   session: Session<Connection>,
   mode: 'savepoint' | 'join',
   outer: Level,
+  enclosed: boolean,
   settings: TransactionSettings,
   attempt: (level: Level) => Promise<Result>,
 ): Promise<Result> {
   const { transaction } = session
-  const enclosed = transaction.claimed || outer !== transaction.root
   transaction.assertUsable(outer)
   const letGo = transaction.claim(settings)
   try {
@@ -229,6 +231,7 @@ async function nested<Connection, Result>(
     throw error
   } finally {
     letGo()
+    if (!enclosed && !transaction.opened) outer.failure = undefined // nothing was begun that could be doomed
   }
 }
 

@@ -251,6 +251,31 @@ describe('with a transaction open', () => {
     })
     expect(await notes()).toEqual(['b'])
   })
+
+  it('A1 K1 dooms what a hook commits when a joining block throws in it, also before its first statement', async () => {
+    const work = newContext(() => {
+      main.beforeCommit(async () => {
+        await failure(() => main.atomic(() => Promise.reject(boom), { current: 'join' }))
+        await expect(note('a')).rejects.toMatchObject({ ...aborted, cause: boom })
+      })
+    })
+    await expect(work).rejects.toMatchObject({ ...aborted, cause: boom })
+    expect(await notes()).toEqual([])
+  })
+
+  it('A1 dooms nothing that comes later when nothing was open around joining blocks', async () => {
+    await newContext(async () => {
+      await main.atomic(
+        async () => {
+          await failure(() => main.atomic(() => Promise.reject(boom), { current: 'join' }))
+          await expect(note('a')).rejects.toMatchObject({ ...aborted, cause: boom })
+        },
+        { current: 'join' },
+      )
+      await note('b')
+    })
+    expect(await notes()).toEqual(['b'])
+  })
 })
 
 describe('with a transaction open and failed', () => {
