@@ -108,7 +108,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
     this.leave()
     this.session.streams.endIn(this.inner, 'the end of its block')
     this.inner.answerFor()
-    this.inner.close(() => this.session.blockEnded(this), cancel)
+    this.inner.close(() => this.session.blockEnded(this), true) // what still waits for BEGIN may share its level with others
     const { transaction } = this.session
     if (transaction.root === this.level.root) await this.session.stop(cancel) // else what is at the database is not its own
   }

@@ -903,6 +903,32 @@ describe('the end of a block', () => {
     }
   })
 
+  it('A6 refuses unsent what a joining block has waiting for a connection when it throws', async () => {
+    const narrow = subject.define({ pool: { max: 1 } })
+    const pool = await narrow.connect()
+    for (const undo of [true, false]) {
+      await subject.clear()
+      const client = await pool.connect()
+      await newContext(async () => {
+        let first: Promise<unknown> | undefined
+        const joining = narrow.atomic(
+          () => {
+            first = narrow.db.query("insert into notes values ('a')")
+            first.catch(() => {})
+            throw boom
+          },
+          { current: 'join' },
+        )
+        expect(await failure(() => joining)).toBe(boom)
+        if (undo) await narrow.rollback()
+        client.release()
+        await expect(first).rejects.toMatchObject(ended)
+        await narrow.db.query("insert into notes values ('b')")
+      })
+      expect(await notes()).toEqual(['b'])
+    }
+  })
+
   it('A6 refuses hooks of an inner block that was cut off', async () => {
     await newContext(async () => {
       const inner = { began: gate(), goOn: gate() }
