@@ -12,14 +12,9 @@ describe('contamination', () => {
   it('C1 C4 A3 A6 S12 lets a row into no transaction but its own, and none behind the end', () => {
     const { rows, failures, output } = report
     expect(failures, output).toEqual([])
-    expect(rows.map(({ subject }) => subject)).toEqual([
-      'pg',
-      'pg, pipelined',
-      'kysely-pg',
-      'kysely-bare',
-      'mysql2',
-      'kysely-mysql2',
-    ])
+    const onPostgres = ['pg', 'pg, pipelined', 'kysely-pg', 'kysely-bare']
+    const onMariadb = /MySQL .* left out/.test(output) ? [] : ['mysql2', 'kysely-mysql2']
+    expect(rows.map(({ subject }) => subject)).toEqual([...onPostgres, ...onMariadb])
     for (const { runs, violations, figures } of rows) {
       expect(violations).toBe(0)
       expect(runs).toBeGreaterThanOrEqual(1200)

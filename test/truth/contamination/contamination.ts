@@ -4,7 +4,7 @@ import { type Library, libraries } from '../libraries.ts'
 import { mysqlLibraries } from '../mysql-libraries.ts'
 import { type Fault, faults } from './faults.ts'
 import { describeUnit, type Load, type Outcome, run, type Subject, type Violation } from './lab.ts'
-import { openMariadb, openPostgres } from './place.ts'
+import { isMariadb, openMariadb, openPostgres } from './place.ts'
 import type { Kind } from './unit.ts'
 
 /** How much each library has to do, and with how many units at once. */
@@ -20,14 +20,18 @@ export const contamination: Harness = {
   async run(conditions) {
     const { option } = conditions
     const wanted = option('library')
-    const mariadb = await acquireMariadb()
+    const known = [...onPostgres(conditions.url), ...mysqlLibraries].some(({ name }) => name === (wanted ?? name))
+    if (!known) throw new Error(`There is no library '${wanted}'.`)
+    const needsMariadb = mysqlLibraries.some(({ name }) => name === (wanted ?? name))
+    const mariadb = needsMariadb ? await acquireMariadb() : undefined
     try {
-      const chosen = subjectsOn(conditions.url, mariadb.url).filter(({ name }) => name === (wanted ?? name))
-      if (chosen.length === 0) throw new Error(`There is no library '${wanted}'.`)
+      const more = mariadb && (await isMariadb(mariadb.url)) ? onMariadb(mariadb.url) : []
+      if (mariadb && more.length === 0) console.log('MySQL has no sequences, so its libraries are left out.')
+      const chosen = [...onPostgres(conditions.url), ...more].filter(({ name }) => name === (wanted ?? name))
       const planted: Planted[] = []
       if (option('faults') !== 'none' && option('unit') === undefined) {
         for (const subject of chosen) {
-          for (const fault of faultsFor(subject, conditions)) planted.push(await plant(subject, fault, conditions.seed))
+          for (const fault of faultsFor(subject, conditions)) planted.push(await plant(subject, fault, conditions))
         }
       }
       const rows: Row[] = []
@@ -38,39 +42,34 @@ export const contamination: Harness = {
       }
       return { rows, planted, failures }
     } finally {
-      await mariadb.stop()
+      await mariadb?.stop()
     }
   },
 }
 
-function subjectsOn(postgresUrl: string, mariadbUrl: string): Subject[] {
-  const streams = ({ limits }: Library) => limits.streams !== true
-  const onPostgres = (library: Library, pipeline = false): Subject => ({
+function onPostgres(url: string): Subject[] {
+  const subject = (library: Library, pipeline = false): Subject => ({
     ...{ library, name: pipeline ? `${library.name}, pipelined` : library.name },
-    streams: streams(library) && !pipeline,
-    open: () => openPostgres(postgresUrl, pipeline),
+    streams: library.limits.streams !== true && !pipeline,
+    open: () => openPostgres(url, pipeline),
   })
-  const onMariadb = (library: Library): Subject => ({
-    ...{ library, name: library.name, streams: streams(library) },
-    open: () => openMariadb(mariadbUrl),
-  })
-  return [
-    ...libraries.flatMap((each) =>
-      each.name === 'pg' ? [onPostgres(each), onPostgres(each, true)] : [onPostgres(each)],
-    ),
-    ...mysqlLibraries.map(onMariadb),
-  ]
+  return libraries.flatMap((each) => (each.name === 'pg' ? [subject(each), subject(each, true)] : [subject(each)]))
 }
 
-/** In short, each library gets some of them; the first gets all. */
-function faultsFor({ name }: Subject, { size, option }: Conditions): readonly Fault[] {
-  return size === 'long' || option('faults') === 'only' || name === 'pg' ? faults : []
+function onMariadb(url: string): Subject[] {
+  return mysqlLibraries.map((library) => ({ library, name: library.name, streams: true, open: () => openMariadb(url) }))
 }
 
-async function plant(subject: Subject, fault: Fault, seed: number): Promise<Planted> {
+/** In short, the first library alone gets them. */
+function faultsFor({ name, library }: Subject, { size, option }: Conditions): readonly Fault[] {
+  if (size === 'short' && option('faults') !== 'only' && name !== 'pg') return []
+  return faults.filter(({ onPostgres: there }) => !there || libraries.includes(library))
+}
+
+async function plant(subject: Subject, fault: Fault, { size, seed }: Conditions): Promise<Planted> {
   const load: Load = {
-    ...{ subject, seed, statements: 1000, atOnce: 50, patience: 1500 },
-    deadline: performance.now() + 20_000,
+    ...{ subject, seed, statements: size === 'short' ? 1000 : 3000, atOnce: 50, patience: 1500 },
+    deadline: performance.now() + 5000,
     sabotage: fault.sabotage(),
   }
   const { violations, units } = await run(load)
@@ -109,6 +108,7 @@ async function runSubject(subject: Subject, conditions: Conditions, failures: Fa
   return {
     ...{ subject: subject.name, runs: statements, violations: violations.length, seconds },
     figures: {
+      left: Math.max(0, load.unit === undefined ? load.statements - statements : 0),
       'at once': load.atOnce,
       ...{ units, contexts, transactions, rows, committed, 'rolled back': rolledBack, unknown },
       'late, refused': refused,

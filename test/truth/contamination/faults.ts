@@ -20,6 +20,8 @@ export interface Sabotage {
 export interface Fault {
   readonly name: string
   readonly sabotage: () => Sabotage
+  /** The adapters over MySQL destroy what is released with a transaction open, so there it is none. */
+  readonly onPostgres?: true
   /** As one of these. */
   readonly shows: readonly Kind[]
 }
@@ -48,7 +50,8 @@ export const faults: readonly Fault[] = [
   {
     name: 'connections are released without ROLLBACK',
     sabotage: () => ({ mutate: (adapter) => ({ ...adapter, rollback: async () => {} }) }),
-    shows: ['foreign transaction', 'wrong rows'], // where BEGIN commits what is open, its rows stay
+    onPostgres: true,
+    shows: ['foreign transaction'],
   },
   {
     name: 'a connection is leased to two sessions at once',
@@ -66,7 +69,7 @@ export const faults: readonly Fault[] = [
         }
       },
     }),
-    shows: ['foreign transaction', 'wrong rows'],
+    shows: ['foreign transaction', 'wrong rows'], // where BEGIN commits what is open, its rows stay
   },
   {
     name: 'a unit runs on in the session of another',
@@ -103,7 +106,7 @@ export const faults: readonly Fault[] = [
       }
       return { mutate: (adapter) => withRun(adapter, outlive) }
     },
-    shows: ['foreign transaction'],
+    shows: ['foreign transaction', 'wrong rows'],
   },
 ]
 

@@ -10,6 +10,9 @@ import { describe, type Kind, type Scene, Unit } from './unit.ts'
 
 const poolSize = 10
 
+/** For the end of what is under way, in ms. */
+const longPatience = 120_000
+
 /** A library on a server. */
 export interface Subject {
   readonly name: string
@@ -57,7 +60,7 @@ const lossOfConnection = /ECONNRESET|EPIPE|Connection terminated/
 
 /** Runs units of work, `atOnce` at a time, and judges what is there when all of them have ended. */
 export async function run(load: Load): Promise<Outcome> {
-  const { subject, sabotage = {}, patience = 120_000 } = load
+  const { subject, sabotage = {}, patience = longPatience } = load
   const { library } = subject
   const startedAt = performance.now()
   const place = await subject.open()
@@ -104,23 +107,29 @@ export async function run(load: Load): Promise<Outcome> {
   }
 }
 
-async function work(scene: Scene, { subject, seed, statements, deadline, atOnce, unit }: Load): Promise<Unit[]> {
-  const { counts } = scene
+/** Units that have not ended when there is no patience left are in the list all the same. */
+async function work(scene: Scene, load: Load): Promise<Unit[]> {
+  const { subject, seed, statements, deadline, atOnce, unit, patience = longPatience } = load
   const units: Unit[] = []
   const begin = async (number: number) => {
     const one = new Unit(scene, number, programOf(seed, number, subject))
     units.push(one)
     await one.run()
   }
-  if (unit !== undefined) {
-    await begin(unit)
-    return units
-  }
+  const wanted = () => scene.counts.statements < statements && performance.now() < deadline
+  let working = unit === undefined ? atOnce : 1
   let next = 0
   const worker = async () => {
-    while (counts.statements < statements && performance.now() < deadline) await begin(++next)
+    if (unit !== undefined) await begin(unit)
+    else while (wanted()) await begin(++next)
+    working--
   }
-  await Promise.all(Array.from({ length: atOnce }, worker))
+  for (let started = working; started > 0; started--) void worker()
+  let since = performance.now()
+  while (working > 0 && performance.now() - since < patience) {
+    await sleep(20)
+    if (unit === undefined && wanted()) since = performance.now()
+  }
   return units
 }
 

@@ -92,6 +92,14 @@ export async function openPostgres(url: string, pipeline: boolean): Promise<Plac
   }
 }
 
+/** What stands here uses sequences, and INSERT … RETURNING. */
+export async function isMariadb(url: string): Promise<boolean> {
+  const pool = createPool({ uri: url, connectionLimit: 1 })
+  const [[row] = []] = await pool.query<RowDataPacket[]>('select version() as version')
+  await pool.end()
+  return /MariaDB/.test(row?.version)
+}
+
 /** MariaDB gives a transaction no id that it tells cheaply, so there parts are told by their connections alone. */
 export async function openMariadb(url: string): Promise<Place> {
   const name = `contamination_${process.pid}_${Date.now()}`
@@ -139,6 +147,8 @@ export async function openMariadb(url: string): Promise<Place> {
       return found.map(({ id, doing }) => `${id}: ${doing}`)
     },
     async close() {
+      const left = await rows(`select id from information_schema.processlist where db = '${name}'`)
+      for (const { id } of left) await witness.query(`kill ${id}`).catch(() => {}) // its locks would keep the tables
       await witness.query(`drop database ${name}`)
       await witness.end()
     },

@@ -38,7 +38,9 @@ export interface Program {
   readonly autocommit: boolean
   readonly unawaited: 'join' | 'error'
   readonly timeout: number | undefined
-  /** After how many ms its signal fires. */
+  /** It gets a signal. */
+  readonly abortable: boolean
+  /** After how many ms from the first answer the signal fires. */
   readonly signal: number | undefined
   readonly steps: readonly Step[]
   /** Nothing in it fails, so it must be committed. */
@@ -84,20 +86,30 @@ class Composer {
     const opened = chance(25) ? 'openContext' : 'newContext'
     const abortable = opened === 'newContext' && chance(14)
     const timeout = abortable && chance(50) ? this.#random.pick([1, 5, 20, 100, 400, 1500, 3000]) : undefined
-    const signal = abortable && timeout === undefined ? this.#random.pick([0, 2, 10, 50, 200, 1000, 3000]) : undefined
+    const signal =
+      abortable && timeout === undefined && chance(80) ? this.#random.pick([0, 2, 10, 50, 200, 1000, 3000]) : undefined
     const unawaited = chance(10) ? 'error' : 'join'
     if (abortable || unawaited === 'error') this.#peaceful = false
     const steps = autocommit
       ? this.#plain(this.#random.whole(2, 8))
       : this.#steps(this.#random.whole(2, 9), { depth: 0, block: false, beside: 'nothing' })
-    if (opened === 'newContext' && abortable && chance(40)) steps.splice(this.#at(steps), 0, { do: 'abort' })
+    if (abortable && timeout === undefined && chance(40)) steps.splice(this.#at(steps), 0, { do: 'abort' })
     if (chance(15)) steps.splice(this.#at(steps), 0, { do: 'leak', how: this.#leak() })
     if (chance(12)) steps.push({ do: 'forget' })
     if (chance(9)) {
       steps.push({ do: 'throw' })
       this.#peaceful = false
     }
-    return { opened, autocommit, unawaited, timeout, signal, steps, peaceful: this.#peaceful }
+    return {
+      opened,
+      autocommit,
+      unawaited,
+      timeout,
+      abortable: abortable && timeout === undefined,
+      signal,
+      steps,
+      peaceful: this.#peaceful,
+    }
   }
 
   #chance(percent: number): boolean {

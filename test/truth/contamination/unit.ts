@@ -123,9 +123,9 @@ export class Unit {
   }
 
   async #run(): Promise<void> {
-    const { opened, autocommit, unawaited, timeout, signal, steps, peaceful } = this.#program as Program // it has not begun
+    const { opened, autocommit, unawaited, timeout, abortable, signal, steps, peaceful } = this.#program as Program // it has not begun
     const frame: Frame = { line: this.#line(autocommit), extent: new Extent() }
-    if (signal !== undefined || opened === 'newContext') this.#abort = new AbortController()
+    if (abortable) this.#abort = new AbortController()
     if (signal !== undefined) this.#firstAnswer = () => setTimeout(() => this.#abort?.abort(), signal)
     const within = this.#scene.sabotage.within ?? ((_: number, run: () => Promise<void>) => run())
     const work = () => within(this.number, () => this.#perform(steps, frame))
@@ -192,6 +192,7 @@ export class Unit {
       this.account = accountOf(this.#entries)
       this.#entries = []
       this.#program = undefined
+      this.#abort = undefined
     }
     promise.then(over, over)
     return promise
