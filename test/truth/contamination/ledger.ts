@@ -7,6 +7,8 @@ export class Part {
   /** Of a transaction; savepoints have that of theirs. */
   readonly number: number
   readonly outer: Part | undefined
+  /** Of its context: what is over there holds no connection, though some may not know yet. */
+  readonly #extent: { readonly over: boolean }
   fate: Fate | undefined
   /** How many statements were issued in it, and how many of them were answered. */
   issued = 0
@@ -14,10 +16,15 @@ export class Part {
   xid: number | undefined
   pid: number | undefined
 
-  constructor(unit: number, number: number, outer?: Part) {
+  constructor(unit: number, number: number, extent: { readonly over: boolean }, outer?: Part) {
     this.unit = unit
     this.number = number
+    this.#extent = extent
     this.outer = outer
+  }
+
+  get over(): boolean {
+    return this.fate !== undefined || this.#extent.over
   }
 
   get root(): Part {
@@ -129,9 +136,9 @@ export class Ledger {
     part.pid = pid
     const holder = this.#holders.get(pid)
     if (holder === part) return
-    if (holder && holder.fate === undefined) {
+    if (holder && !holder.over) {
       this.#complain(part.unit, `part ${part} ran on connection ${pid}, which part ${holder} holds`)
     }
-    if (part.fate === undefined) this.#holders.set(pid, part)
+    if (!part.over) this.#holders.set(pid, part)
   }
 }

@@ -74,6 +74,8 @@ class Extent {
 /** A session, as the unit believes it to be: one transaction after the other, in the order of issue. */
 interface Line {
   current: Part
+  /** Of its context. */
+  readonly extent: Extent
   readonly autocommit: boolean
   /** Of a session beside the context's. */
   readonly session?: AmbientSession<unknown>
@@ -124,7 +126,8 @@ export class Unit {
 
   async #run(): Promise<void> {
     const { opened, autocommit, unawaited, timeout, abortable, signal, steps, peaceful } = this.#program as Program // it has not begun
-    const frame: Frame = { line: this.#line(autocommit), extent: new Extent() }
+    const line = this.#line(autocommit)
+    const frame: Frame = { line, extent: line.extent }
     if (abortable) this.#abort = new AbortController()
     if (signal !== undefined) this.#firstAnswer = () => setTimeout(() => this.#abort?.abort(), signal)
     const within = this.#scene.sabotage.within ?? ((_: number, run: () => Promise<void>) => run())
@@ -169,18 +172,19 @@ export class Unit {
 
   // What is believed
 
-  #line(autocommit = false, session?: AmbientSession<unknown>): Line {
-    return { current: this.#part(), autocommit, ...(session && { session }) }
+  #line(autocommit = false): Line {
+    const extent = new Extent()
+    return { current: this.#part(extent), extent, autocommit }
   }
 
-  #part(outer?: Part): Part {
-    return new Part(this.number, outer ? outer.root.number : ++this.#parts, outer)
+  #part(extent: Extent, outer?: Part): Part {
+    return new Part(this.number, outer ? outer.root.number : ++this.#parts, extent, outer)
   }
 
   /** The transaction that is open comes to its end, and what is issued from now on belongs to the next. */
   #next(line: Line): Part {
     const { current } = line
-    line.current = this.#part()
+    line.current = this.#part(line.extent)
     return current
   }
 
@@ -289,7 +293,7 @@ export class Unit {
 
   /** Where a statement belongs that is issued now. */
   #issued({ line, part }: Frame): Part {
-    const own = part ?? (line.autocommit ? this.#part() : line.current)
+    const own = part ?? (line.autocommit ? this.#part(line.extent) : line.current)
     own.root.issued++
     return own
   }
@@ -394,6 +398,7 @@ export class Unit {
     }
     const nested = frame.part !== undefined || (mode === 'savepoint' && current.answered > 0)
     const joins = mode === 'join'
+    if (joins) current.issued++ // it begins what is not open, and leaves it open
     const before = nested || joins || mode === 'append' ? undefined : this.#next(line)
     const part = this.#partOf(frame, mode, nested)
     const inner: Frame = { line, part, extent: new Extent(frame.extent) }
@@ -438,13 +443,13 @@ export class Unit {
     const around = part ?? line.current
     if (mode === 'join') return around
     if (mode === 'append') return this.#next(line)
-    return nested ? this.#part(around) : this.#part()
+    return this.#part(line.extent, nested ? around : undefined)
   }
 
   /** A transaction of the library's own is a savepoint. */
   async #native(frame: Frame, end: End, steps: readonly Step[]): Promise<void> {
     if (frame.extent.late || frame.line.session) return
-    const part = this.#part(frame.part ?? frame.line.current)
+    const part = this.#part(frame.line.extent, frame.part ?? frame.line.current)
     const work = async (execute: (sql: string, parameters?: unknown[]) => Promise<unknown>) => {
       const inner: Frame = { line: frame.line, part, extent: frame.extent, execute }
       for (const step of steps) if (step.do === 'write' || step.do === 'read') await this.#step(step, inner)
@@ -501,7 +506,8 @@ export class Unit {
     frame: Frame,
     { end, detached, steps }: { end: End; detached: boolean; steps: readonly Step[] },
   ): Promise<void> {
-    const inner: Frame = { line: this.#line(), extent: new Extent() }
+    const line = this.#line()
+    const inner: Frame = { line, extent: line.extent }
     const abort = end === 'abort' ? new AbortController() : undefined
     const work = async () => {
       await this.#perform(steps, inner)
@@ -518,8 +524,8 @@ export class Unit {
   ): Promise<void> {
     const abort = end === 'abort' ? new AbortController() : undefined
     let inner: Frame | undefined
-    const extent = new Extent()
     const line = this.#line()
+    const { extent } = line
     const work = async (session: AmbientSession<unknown>) => {
       inner = { line: Object.assign(line, { session }), extent, outer: frame }
       await this.#perform(steps, inner)
