@@ -102,13 +102,13 @@ export class Block<Connection> implements ScopeBlock, Occupant {
     )
   }
 
-  /** Lets nothing in any more and awaits (or cancels) what is at the database. */
-  async end(cancel = false): Promise<void> {
+  /** Lets nothing in any more, or on with `cut`, and awaits (or cancels) what is at the database. */
+  async end(cut = false, cancel = false): Promise<void> {
     this.live = false
     this.leave()
     this.session.streams.endIn(this.inner, 'the end of its block')
     this.inner.answerFor()
-    this.inner.close(() => this.session.blockEnded(this), true) // what still waits for BEGIN may share its level with others
+    this.inner.close(() => this.session.blockEnded(this), cut)
     const { transaction } = this.session
     if (transaction.root === this.level.root) await this.session.stop(cancel) // else what is at the database is not its own
   }
@@ -119,9 +119,12 @@ export class Block<Connection> implements ScopeBlock, Occupant {
     try {
       const result = await raced((async () => runInScope(this.scope, work))())
       await raced(this.join())
+      await this.end()
       return result
-    } finally {
-      await this.end(abortion?.error !== undefined)
+    } catch (error) {
+      // What waits for a connection may be at the level of what surrounds the block, which goes on.
+      await this.end(true, abortion?.error !== undefined)
+      throw error
     }
   }
 }

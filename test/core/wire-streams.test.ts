@@ -493,7 +493,7 @@ describe('S9 A6 ends a stream with its block', () => {
       await new Promise((resolve) => setImmediate(resolve))
       held.open()
       await block
-      expect(await Promise.all(refused)).toEqual(['AMBIENT_STREAM_OPEN', expect.stringMatching(/^AMBIENT_/)])
+      expect(await Promise.all(refused)).toEqual(['AMBIENT_BLOCK_ENDED', expect.stringMatching(/^AMBIENT_/)])
       await main.rollback()
       await main.db.query('insert into t values (1)')
     })
