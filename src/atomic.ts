@@ -52,7 +52,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
     level: Level,
     surrounding: Scope | undefined,
     hook = false,
-    place = session.place(),
+    place: string | undefined = session.place(),
   ) {
     this.session = session
     this.label = label
