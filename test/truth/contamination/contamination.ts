@@ -5,7 +5,7 @@ import { mysqlLibraries } from '../mysql-libraries.ts'
 import { type Fault, faults } from './faults.ts'
 import { describeUnit, type Load, type Outcome, run, type Subject, type Violation } from './lab.ts'
 import { isMariadb, openMariadb, openPostgres } from './place.ts'
-import type { Kind } from './unit.ts'
+import type { Kind } from './scene.ts'
 
 /** How much each library has to do, and with how many units at once. */
 const sizes = { short: { statements: 1200, atOnce: 100 }, long: { statements: 1_000_000, atOnce: 1000 } } as const

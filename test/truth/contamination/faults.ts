@@ -2,7 +2,7 @@ import { AsyncLocalStorage } from 'node:async_hooks'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Adapter, Statements } from '../../../src/adapter.ts'
 import { isAmbientError } from '../../../src/index.ts'
-import type { Kind } from './unit.ts'
+import type { Kind } from './scene.ts'
 
 type AnyAdapter = Adapter<unknown, unknown, unknown>
 type Run = Statements<unknown>['run']

@@ -6,7 +6,8 @@ import type { Sabotage } from './faults.ts'
 import { disagreement, Ledger } from './ledger.ts'
 import type { Place } from './place.ts'
 import { type Program, programOf, textOf } from './program.ts'
-import { describe, type Kind, type Scene, Unit } from './unit.ts'
+import { describe, type Kind, type Scene } from './scene.ts'
+import { Unit } from './unit.ts'
 
 const poolSize = 10
 
