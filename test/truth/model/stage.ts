@@ -1,0 +1,335 @@
+import {
+  type AmbientDatabase,
+  type AmbientSession,
+  type AtomicOptions,
+  type ContextOptions,
+  defineDatabase,
+  isAmbientError,
+  newContext,
+} from '../../../src/index.ts'
+import type { Alarms } from './alarms.ts'
+import type { Engine, Ground, Mutate } from './engines.ts'
+import type { Act, Limit, Program, Step } from './program.ts'
+import type { Prediction } from './rules.ts'
+
+type Main = AmbientDatabase<unknown, unknown>
+type Work = () => Promise<void>
+/** What has hooks, a handle and an end: the ambient session by its database, or one beside it. */
+type Subject = Pick<
+  AmbientSession<unknown>,
+  'db' | 'begin' | 'commit' | 'rollback' | 'beforeCommit' | 'afterCommit' | 'afterRollback'
+>
+
+/** What a program does to the library; a planted fault stands between the two. */
+export interface Hands {
+  newContext(work: Work, options: ContextOptions): Promise<void>
+  atomic(work: Work, options: AtomicOptions): Promise<void>
+  statement(db: unknown, sql: string): Promise<unknown>
+  hook(subject: Subject, when: 'beforeCommit' | 'afterCommit' | 'afterRollback', hook: Work): void
+}
+
+/** A fault that is planted for a run. */
+export interface Sabotage {
+  readonly mutate?: Mutate
+  readonly hands?: (hands: Hands) => Hands
+}
+
+/** The database under test, which the programs of a run have in common. */
+export interface Scene {
+  readonly engine: Engine
+  readonly ground: Ground
+  readonly alarms: Alarms
+  readonly main: Main
+  readonly hands: Hands
+  /** How long what must happen may take, in ms. */
+  readonly patience: number
+  /** Who hears of hooks that failed. */
+  onHookError: (error: unknown) => void
+  close(): Promise<void>
+}
+
+export function openScene(engine: Engine, ground: Ground, alarms: Alarms, sabotage?: Sabotage): Scene {
+  const adapter = engine.library.adapter(ground.pool)
+  const main = defineDatabase({
+    name: 'main',
+    adapter: sabotage?.mutate?.(adapter) ?? adapter,
+    ...(sabotage && { blockTimeout: 2000 }), // so that what a fault leaves behind comes to its end
+    onHookError: (error) => scene.onHookError(error),
+  })
+  const honest: Hands = {
+    newContext,
+    atomic: (work, options) => main.atomic(work, options),
+    statement: (db, sql) => engine.library.execute(db, sql, []),
+    hook: (subject, when, hook) => subject[when](hook),
+  }
+  const hands = sabotage?.hands?.(honest) ?? honest
+  const patience = sabotage ? 500 : 5000 // the machine may be busy, and a fault that is missed for want of time is run again
+  const scene: Scene = { engine, ground, alarms, main, hands, patience, onHookError: () => {}, close: main.shutdown }
+  return scene
+}
+
+interface Place {
+  readonly beside: AmbientSession<unknown> | undefined
+  readonly limits: readonly { fire(): void }[]
+}
+
+class Boom extends Error {}
+class GivenUp extends Error {}
+
+let runs = 0
+
+/** Runs one program, a turn at a time, and notes what the library says and does. */
+export class Stage {
+  readonly #scene: Scene
+  readonly #run = ++runs
+  readonly #log = new Map<string, string>()
+  readonly #gates = new Map<string, { open(): void; giveUp(): void }>()
+  readonly #hooks: string[] = []
+  readonly #reported: string[] = []
+  /** Errors of the database, by the step that first met them. */
+  readonly #origins = new WeakMap<object, string>()
+  #givenUp = false
+  #seen = 0
+  #wake = () => {}
+  #ended: Promise<void> = Promise.resolve()
+
+  constructor(scene: Scene) {
+    this.#scene = scene
+    scene.onHookError = (error) => {
+      this.#reported.push(this.#describe(error))
+      this.#wake()
+    }
+  }
+
+  start({ body, limit }: Program): void {
+    this.#ended = this.#logged('n', this.#newContext([], limit, body, 'n'))
+  }
+
+  /** Lets the branch at this gate take its step. */
+  open(gate: string): void {
+    const at = this.#gates.get(gate)
+    this.#gates.delete(gate)
+    at?.open()
+  }
+
+  /**
+   * Waits until everything is as one of `predictions` says, and nothing more is about to happen; resolves with that one, or with what
+   * is not as it must be.
+   */
+  async compare<Predicted extends Prediction>(predictions: readonly Predicted[]): Promise<Predicted | string> {
+    const deadline = performance.now() + this.#scene.patience
+    for (;;) {
+      const found = predictions.map((each) => ({ prediction: each, ...this.#difference(each) }))
+      const viable = found.filter(({ wrong }) => wrong === undefined)
+      if (viable.length === 0) return found[0]?.wrong ?? 'nothing was predicted'
+      const fulfilled = viable.find(({ missing }) => missing === undefined)?.prediction
+      if (fulfilled && !this.#scene.ground.busy()) {
+        await nextTurn()
+        const { missing, wrong } = this.#difference(fulfilled)
+        if (missing === undefined && wrong === undefined && !this.#scene.ground.busy()) {
+          return (await this.#rowsChanged(fulfilled)) ?? fulfilled
+        }
+        continue
+      }
+      if (performance.now() > deadline) {
+        return viable[0]?.missing ?? 'something is at the database that nobody waits for'
+      }
+      await this.#change()
+    }
+  }
+
+  async #rowsChanged(prediction: Prediction): Promise<string | undefined> {
+    if (prediction.rows.size === this.#seen) return undefined
+    this.#seen = prediction.rows.size
+    return this.compareRows(prediction)
+  }
+
+  /** Compares the rows that are committed, as another connection sees them. */
+  async compareRows({ rows }: Prediction): Promise<string | undefined> {
+    const seen = await this.#scene.ground.rows(this.#run)
+    const lost = [...rows].filter((row) => !seen.has(row))
+    const there = [...seen].filter((row) => !rows.has(row))
+    if (lost.length + there.length === 0) return undefined
+    return `rows: not there, but must be: [${lost}]; there, but must not be: [${there}]`
+  }
+
+  /** Lets everybody end who still can. */
+  async giveUp(): Promise<void> {
+    this.#givenUp = true
+    for (const gate of this.#gates.values()) gate.giveUp()
+    this.#gates.clear()
+    await Promise.race([this.#ended, new Promise((resolve) => setTimeout(resolve, 300).unref())])
+  }
+
+  #difference(expected: Prediction): { missing?: string; wrong?: string } {
+    for (const [path, said] of this.#log) {
+      const must = expected.log.get(path)
+      if (must !== said) return { wrong: `${path}: ${said}, but must be: ${must ?? 'not at its end'}` }
+    }
+    const ran = expected.hooks.flat()
+    for (const hook of this.#hooks) if (!ran.includes(hook)) return { wrong: `hook ${hook} ran` }
+    for (const group of expected.hooks) {
+      const order = this.#hooks.filter((hook) => group.includes(hook))
+      const wrong = order.some((hook, index) => hook !== group[index])
+      if (wrong) return { wrong: `hooks ran in the order ${order}, but must in the order ${group}` }
+    }
+    for (const gate of this.#gates.keys()) {
+      if (!expected.gates.includes(gate)) return { wrong: `${gate} is about to begin, but must not be` }
+    }
+    for (const gate of expected.gates) if (!this.#gates.has(gate)) return { missing: `${gate} is not about to begin` }
+    for (const [path, must] of expected.log) {
+      if (!this.#log.has(path)) return { missing: `${path} is not at its end, which must be: ${must}` }
+    }
+    if (ran.length > this.#hooks.length) return { missing: `hooks that ran: ${this.#hooks}, but must have: ${ran}` }
+    const [reported, must] = [this.#reported, expected.reported].map((each) => [...each].sort().join(', '))
+    return reported === must ? {} : { missing: `reported of hooks: [${reported}], but must be: [${must}]` }
+  }
+
+  #change(): Promise<void> {
+    return new Promise((resolve) => {
+      const timer = setTimeout(resolve, 2)
+      this.#wake = () => {
+        clearTimeout(timer)
+        setImmediate(resolve)
+      }
+    })
+  }
+
+  async #logged(path: string, work: Promise<void>): Promise<void> {
+    try {
+      await work
+      this.#log.set(path, 'ok')
+    } catch (error) {
+      this.#log.set(path, this.#describe(error))
+    } finally {
+      this.#wake()
+    }
+  }
+
+  async #body(steps: readonly Step[], path: string, at: Place): Promise<void> {
+    for (const [index, { act, swallow }] of steps.entries()) {
+      const here = `${path}.${index}`
+      await this.#gate(here)
+      try {
+        await this.#act(act, here, at)
+        this.#log.set(here, 'ok')
+      } catch (error) {
+        this.#log.set(here, this.#describe(error))
+        if (!swallow || this.#givenUp) throw error
+      } finally {
+        this.#wake()
+      }
+    }
+  }
+
+  #gate(path: string): Promise<void> {
+    if (this.#givenUp) throw new GivenUp()
+    this.#wake()
+    return new Promise((resolve, reject) => {
+      this.#gates.set(path, { open: resolve, giveUp: () => reject(new GivenUp()) })
+    })
+  }
+
+  async #act(act: Act, path: string, at: Place): Promise<void> {
+    const { main, hands, engine } = this.#scene
+    const subject: Subject = at.beside ?? main
+    const inside = (body: readonly Step[], more?: { fire(): void }) => {
+      return () => this.#body(body, path, more ? { ...at, limits: [...at.limits, more] } : at)
+    }
+    switch (act.do) {
+      case 'write':
+        for (let count = 0; count < act.times; count++) {
+          await hands.statement(subject.db, `insert into markers values (${this.#run}, '${path}#${count}')`)
+        }
+        return
+      case 'fail':
+        try {
+          await hands.statement(subject.db, 'select * from missing')
+        } catch (error) {
+          if (!isAmbientError(error)) this.#origins.set(error as object, `database ${path}`)
+          throw error
+        }
+        return
+      case 'orphan':
+        await hands.statement(subject.db, 'insert into orphans values (1)')
+        return
+      case 'begin':
+        return subject.begin()
+      case 'throw':
+        throw new Boom(path)
+      case 'commit':
+        return subject.commit()
+      case 'rollback':
+        return subject.rollback()
+      case 'close':
+        return at.beside ? at.beside.close(act.outcome) : main.closeSession(act.outcome)
+      case 'atomic': {
+        if (at.beside) return at.beside.savepoint(inside(act.body))
+        const { limit, options } = this.#limit(act.limit)
+        return hands.atomic(inside(act.body, limit), { ...options, current: act.mode })
+      }
+      case 'native':
+        if (engine.nature.native) {
+          await engine.library.transaction(subject.db, inside(act.body))
+          return
+        }
+        return (at.beside ?? main.session()).savepoint(inside(act.body))
+      case 'savepoint':
+        return (at.beside ?? main.session()).savepoint(inside(act.body))
+      case 'context':
+        return this.#newContext(at.limits, act.limit, act.body, path)
+      case 'session': {
+        const { limit, options } = this.#limit(act.limit)
+        const limits = limit ? [...at.limits, limit] : at.limits
+        return main.newSession((beside) => this.#body(act.body, path, { beside, limits }), options)
+      }
+      case 'branches': {
+        const branches = act.bodies.map((body, number) => this.#body(body, `${path}.${number}`, at))
+        if (act.how === 'all') await Promise.all(branches)
+        const settled = Promise.allSettled(branches)
+        if (act.how === 'settled') await settled
+        return
+      }
+      case 'hook':
+        return hands.hook(subject, act.when, () => {
+          this.#hooks.push(path)
+          const place = act.when === 'beforeCommit' ? at : { beside: undefined, limits: [] }
+          return this.#body(act.body, `${path}!`, place)
+        })
+      case 'expire':
+        at.limits[at.limits.length - 1 - (act.outward % at.limits.length)]?.fire()
+    }
+  }
+
+  #newContext(limits: Place['limits'], limited: Limit, body: readonly Step[], path: string): Promise<void> {
+    const { limit, options } = this.#limit(limited)
+    const at = { beside: undefined, limits: limit ? [...limits, limit] : limits }
+    return this.#scene.hands.newContext(() => this.#body(body, path, at), options)
+  }
+
+  #limit(limit: Limit): { limit?: { fire(): void }; options: ContextOptions } {
+    if (limit === undefined) return { options: {} }
+    if (limit === 'timeout') {
+      const alarm = this.#scene.alarms.set()
+      return { limit: alarm, options: { timeout: alarm.timeout } }
+    }
+    const controller = new AbortController()
+    return { limit: { fire: () => controller.abort() }, options: { signal: controller.signal } }
+  }
+
+  /** By what a user sees of it, as the model says it. */
+  #describe(error: unknown): string {
+    if (isAmbientError(error, 'AMBIENT_TRANSACTION_ABORTED')) return `${error.code} < ${this.#describe(error.cause)}`
+    if (isAmbientError(error)) return error.code
+    if (error instanceof Boom) return `boom ${error.message}`
+    if (error instanceof GivenUp) return 'given up'
+    const origin = this.#origins.get(error as object)
+    if (origin) return origin
+    const text = String(error instanceof Error ? error.message : error)
+    return /foreign key/i.test(text) ? 'database orphan' : text
+  }
+}
+
+function nextTurn(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve))
+}
