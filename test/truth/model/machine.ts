@@ -1,9 +1,16 @@
 /** What a course waits for. */
 export interface Wait {
   readonly over: () => boolean
-  /** It goes on before everybody else, or only when nobody else can. Default is in the order in which they began to wait. */
-  readonly rank?: 'first' | 'last'
+  /** Who of those that can goes on: lower numbers first, then in the order in which they began to wait. Default is 0. */
+  readonly rank?: number
 }
+
+/** Goes on before everybody else. */
+const atOnce = -1
+/** Goes on after the others. */
+const later = 1
+/** Goes on only when nobody else can, as whatever waits for quiet does. */
+const whenQuiet = 2
 
 /** A course of action of the model: it is suspended wherever the real one may have to wait. */
 export type Course<Result = void> = Generator<Wait, Result, void>
@@ -35,7 +42,7 @@ export class Machine {
 
   /** Takes time at the database: whoever else can go on may do so before or after it. */
   *race(): Course {
-    if (this.#next() && this.#choices[this.#asked++]) yield { over: () => true, rank: 'last' }
+    if (this.#others() && this.#choices[this.#asked++]) yield { over: () => true, rank: later }
   }
 
   /** Starts `course`, which runs at once up to where it waits. */
@@ -75,9 +82,16 @@ export class Machine {
   }
 
   #next() {
-    const able = this.#waiting.filter(({ wait }) => wait.over())
-    const ranked = (rank: Wait['rank']) => able.find(({ wait }) => wait.rank === rank)
-    return ranked('first') ?? ranked(undefined) ?? able[0]
+    for (const rank of [atOnce, 0, later, whenQuiet]) {
+      const next = this.#waiting.find(({ wait }) => (wait.rank ?? 0) === rank && wait.over())
+      if (next) return next
+    }
+    return undefined
+  }
+
+  /** Who can go on that does not wait for quiet. */
+  #others(): boolean {
+    return this.#waiting.some(({ wait }) => wait.rank !== whenQuiet && wait.over())
   }
 }
 
@@ -88,12 +102,12 @@ export function* until(over: () => boolean): Course {
 
 /** Waits until `over` holds, and then goes on at once. */
 export function* untilTurn(over: () => boolean): Course {
-  yield { over, rank: 'first' }
+  yield { over, rank: atOnce }
 }
 
 /** Waits until `over` holds and nobody else can go on. */
 export function* untilQuiet(over: () => boolean): Course {
-  yield { over, rank: 'last' }
+  yield { over, rank: whenQuiet }
 }
 
 /** Waits for the end of `task`. */

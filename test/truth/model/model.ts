@@ -9,6 +9,8 @@ import { tryOut } from './trial.ts'
 
 /** Programs for all engines together. */
 const sizes = { short: 300, long: 5000 }
+/** How long a counter-example is made smaller, in ms. */
+const shrinkingTime = 30_000
 /** So many programs may pass a planted fault by. */
 const mostUnseen = 400
 
@@ -51,8 +53,9 @@ export const model: Harness = {
 interface Exploration {
   runs: number
   turns: number
-  /** Programs that wait for themselves, of which nothing can be said. */
-  stuck: number
+  /** Programs of which nothing can be said. */
+  'waits for itself': number
+  'too many ways': number
   /** The first program that was not as the model says, made small. */
   readonly counterexample?: { readonly program: Program; readonly path: string; readonly found: string }
 }
@@ -95,21 +98,25 @@ async function check(
   const onUncaught = (error: unknown) => uncaught.push(error)
   process.on('uncaughtException', onUncaught)
   process.on('unhandledRejection', onUncaught)
-  const counts = { runs: 0, turns: 0, stuck: 0 }
+  const counts = { runs: 0, turns: 0, 'waits for itself': 0, 'too many ways': 0 }
   let scene = openScene(engine, ground, alarms, sabotage)
   const renew = () => {
     ground.forget()
     scene = openScene(engine, ground, alarms, sabotage)
   }
+  let failedAt = Number.POSITIVE_INFINITY
   const property = fc.asyncProperty(programs, async (program) => {
-    const { turns, divergence, stuck } = await tryOut(program, scene)
+    if (performance.now() > failedAt + shrinkingTime) return
+    const { turns, divergence, left } = await tryOut(program, scene)
     counts.runs++
     counts.turns += turns
-    if (stuck) counts.stuck++
+    if (left) counts[left]++
     const found = divergence ?? (uncaught.length > 0 ? `uncaught: ${uncaught.join(', ')}` : undefined)
     uncaught.length = 0
-    if (stuck || found) renew()
-    if (found) throw new Divergence(found)
+    if (left || found) renew()
+    if (!found) return
+    failedAt = Math.min(failedAt, performance.now())
+    throw new Divergence(found)
   })
   try {
     const { counterexample, counterexamplePath, errorInstance } = await fc.check(property, parameters)

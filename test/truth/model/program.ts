@@ -42,8 +42,8 @@ export interface Step {
 export interface Program {
   readonly body: readonly Step[]
   readonly limit: Limit
-  /** Which of those that are at a gate goes next: the first of them when the numbers have run out. */
-  readonly schedule: readonly number[]
+  /** Which of those that are at a gate go next, one or several at once: the first of them when the turns have run out. */
+  readonly turns: readonly (readonly number[])[]
 }
 
 const limit = fc.oneof(
@@ -132,12 +132,18 @@ const { body } = fc.letrec<{ body: Step[]; inner: Step[]; step: Step; act: Act; 
 export const programs: fc.Arbitrary<Program> = fc.record({
   body,
   limit,
-  schedule: fc.array(fc.nat(5), { maxLength: 40, size: 'max' }),
+  turns: fc.array(
+    fc.oneof(
+      { weight: 3, arbitrary: fc.tuple(fc.nat(5)) },
+      { weight: 1, arbitrary: fc.array(fc.nat(5), { minLength: 2, maxLength: 3, size: 'max' }) },
+    ),
+    { maxLength: 40, size: 'max' },
+  ),
 })
 
 /** The program as somebody would write it, a step a line, each with the path that it is called by. */
-export function printed({ body, limit, schedule }: Program): string {
-  const lines = [`newContext${limited(limit)}, turns [${schedule}]`, ...linesOf(body, 'n', '  ')]
+export function printed({ body, limit }: Program): string {
+  const lines = [`newContext${limited(limit)}`, ...linesOf(body, 'n', '  ')]
   return lines.join('\n')
 }
 
@@ -181,4 +187,21 @@ function headOf(act: Act): string {
 
 function limited(limit: Limit): string {
   return limit ? ` with a ${limit}` : ''
+}
+
+/** The step with this path. */
+export function actAt({ body }: Program, path: string): Act | undefined {
+  let steps: readonly Step[] | readonly (readonly Step[])[] = body
+  let act: Act | undefined
+  for (const number of path.replaceAll('!', '').split('.').slice(1)) {
+    const found: Step | readonly Step[] | undefined = steps[Number(number)]
+    if (found === undefined) return undefined
+    if (Array.isArray(found)) {
+      steps = found
+      continue
+    }
+    act = (found as Step).act
+    steps = act.do === 'branches' ? act.bodies : 'body' in act ? act.body : []
+  }
+  return act
 }

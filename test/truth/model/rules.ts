@@ -292,12 +292,14 @@ export class Model implements Prediction {
     this.#machine.run()
   }
 
-  /** Lets the branch at this gate take its step, and everybody do what follows from it. */
-  open(gate: string): void {
-    const at = this.#gates.get(gate)
-    if (!at) throw new Error(`Nobody is at gate ${gate}.`)
-    at.open = true
-    this.#gates.delete(gate)
+  /** Lets the branches at these gates take their steps, and everybody do what follows from it. */
+  open(gates: readonly string[]): void {
+    for (const gate of gates) {
+      const at = this.#gates.get(gate)
+      if (!at) throw new Error(`Nobody is at gate ${gate}.`)
+      at.open = true
+      this.#gates.delete(gate)
+    }
     this.#machine.run()
   }
 
@@ -319,6 +321,7 @@ export class Model implements Prediction {
       const gate = { open: false }
       this.#gates.set(here, gate)
       yield* until(() => gate.open)
+      yield* this.#machine.race()
       try {
         yield* this.#act(act, here, at)
         this.log.set(here, 'ok')

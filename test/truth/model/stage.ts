@@ -89,7 +89,8 @@ export class Stage {
   /** Errors of the database, by the step that first met them. */
   readonly #origins = new WeakMap<object, string>()
   #givenUp = false
-  #seen = 0
+  #rows: ReadonlySet<string> = new Set()
+  #raced = false
   #wake = () => {}
   #ended: Promise<void> = Promise.resolve()
 
@@ -113,44 +114,72 @@ export class Stage {
   }
 
   /**
-   * Waits until everything is as one of `predictions` says, and nothing more is about to happen; resolves with that one, or with what
-   * is not as it must be.
+   * Waits until everything is as `likely` says, or one of `others`, and nothing more is about to happen; resolves with that one, or
+   * with what is not as it must be.
+   *
+   * @param raced whether things raced since the last comparison, so that other rows may be there though `likely` has no new ones.
    */
-  async compare<Predicted extends Prediction>(predictions: readonly Predicted[]): Promise<Predicted | string> {
-    const deadline = performance.now() + this.#scene.patience
+  async compare<Predicted extends Prediction>(
+    likely: Predicted,
+    raced: boolean,
+    others: () => Iterable<Predicted>,
+  ): Promise<Predicted | string> {
+    this.#raced = raced
+    const startedAt = performance.now()
+    const { patience } = this.#scene
+    const right = await this.#fulfilled([likely], startedAt, 20)
+    if (typeof right !== 'string') return right
+    const ways: Predicted[] = []
+    for (const each of others()) {
+      const { missing, wrong } = this.#difference(each)
+      if (wrong !== undefined || (missing === undefined && (await this.#differenceOfRows(each)))) continue
+      ways.push(each)
+      if (missing === undefined) break // most likely it is this one
+    }
+    return ways.length > 0 ? this.#fulfilled(ways, startedAt, patience) : right
+  }
+
+  /** Waits until everything is as one of `predictions` says, unless that can't be any more, or `ms` after `startedAt` nothing happens. */
+  async #fulfilled<Predicted extends Prediction>(
+    predictions: readonly Predicted[],
+    startedAt: number,
+    ms: number,
+  ): Promise<Predicted | string> {
+    const { ground } = this.#scene
+    let ways = predictions.map((prediction) => ({ prediction, ...this.#difference(prediction) }))
     for (;;) {
-      const found = predictions.map((each) => ({ prediction: each, ...this.#difference(each) }))
-      const viable = found.filter(({ wrong }) => wrong === undefined)
-      if (viable.length === 0) return found[0]?.wrong ?? 'nothing was predicted'
-      const fulfilled = viable.find(({ missing }) => missing === undefined)?.prediction
-      if (fulfilled && !this.#scene.ground.busy()) {
-        await nextTurn()
-        const { missing, wrong } = this.#difference(fulfilled)
-        if (missing === undefined && wrong === undefined && !this.#scene.ground.busy()) {
-          return (await this.#rowsChanged(fulfilled)) ?? fulfilled
+      const possible = ways.filter(({ wrong }) => wrong === undefined)
+      if (possible.length === 0) return [...new Set(ways.map(({ wrong }) => wrong))].join('\nor ')
+      ways = possible
+      const right = possible.find(({ missing }) => missing === undefined)?.prediction
+      if (right && !ground.busy()) {
+        await nextTurn() // what must not happen would begin by now
+        const { missing, wrong } = this.#difference(right)
+        if (!missing && !wrong && !ground.busy()) {
+          const wrongRows = await this.#differenceOfRows(right)
+          if (!wrongRows) return right
+          if (possible.length === 1) return wrongRows
+          ways = possible.filter(({ prediction }) => prediction !== right)
+          continue
         }
-        continue
+      } else {
+        if (performance.now() - startedAt > ms && !ground.busy()) {
+          return possible[0]?.missing ?? 'something is at the database that nobody waits for'
+        }
+        await this.#change()
       }
-      if (performance.now() > deadline) {
-        return viable[0]?.missing ?? 'something is at the database that nobody waits for'
-      }
-      await this.#change()
+      ways = ways.map(({ prediction }) => ({ prediction, ...this.#difference(prediction) }))
     }
   }
 
-  async #rowsChanged(prediction: Prediction): Promise<string | undefined> {
-    if (prediction.rows.size === this.#seen) return undefined
-    this.#seen = prediction.rows.size
-    return this.compareRows(prediction)
+  async #differenceOfRows({ rows }: Prediction): Promise<string | undefined> {
+    if (this.#raced || rows.size !== this.#rows.size) this.#rows = await this.#scene.ground.rows(this.#run)
+    return differenceOf(rows, this.#rows)
   }
 
   /** Compares the rows that are committed, as another connection sees them. */
   async compareRows({ rows }: Prediction): Promise<string | undefined> {
-    const seen = await this.#scene.ground.rows(this.#run)
-    const lost = [...rows].filter((row) => !seen.has(row))
-    const there = [...seen].filter((row) => !rows.has(row))
-    if (lost.length + there.length === 0) return undefined
-    return `rows: not there, but must be: [${lost}]; there, but must not be: [${there}]`
+    return differenceOf(rows, await this.#scene.ground.rows(this.#run))
   }
 
   /** Lets everybody end who still can. */
@@ -332,4 +361,11 @@ export class Stage {
 
 function nextTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve))
+}
+
+function differenceOf(expected: ReadonlySet<string>, seen: ReadonlySet<string>): string | undefined {
+  const lost = [...expected].filter((row) => !seen.has(row))
+  const there = [...seen].filter((row) => !expected.has(row))
+  if (lost.length + there.length === 0) return undefined
+  return `rows: not there, but must be: [${lost}]; there, but must not be: [${there}]`
 }

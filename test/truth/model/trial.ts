@@ -1,4 +1,4 @@
-import type { Program } from './program.ts'
+import { actAt, type Program } from './program.ts'
 import { Model, type Nature } from './rules.ts'
 import { type Scene, Stage } from './stage.ts'
 
@@ -6,75 +6,114 @@ import { type Scene, Stage } from './stage.ts'
 export interface Outcome {
   /** What was not as the model says, and after which turns; absent if everything was. */
   readonly divergence?: string
-  /** By the rules the program waits for itself (a hook for the only connection, say), so nothing can be said of it. */
-  readonly stuck?: true
+  /** Why nothing can be said of it. */
+  readonly left?: 'waits for itself' | 'too many ways'
   readonly turns: number
 }
 
-/** More ways than this are not followed: it takes five races in one turn. */
-const mostWays = 32
+/** A program that may have come to where it is in more ways than can be looked through in this many attempts is left. */
+const mostAttempts = 2000
 
 /** Runs `program` by the rules and for real, turn by turn. */
 export async function tryOut(program: Program, scene: Scene): Promise<Outcome> {
   const { nature } = scene.engine
-  if (waitsForItself(program, nature)) return { stuck: true, turns: 0 }
+  if (waitsForItself(program, nature)) return { left: 'waits for itself', turns: 0 }
+  const course: Course = { program, nature, turns: [], seen: [] }
   const stage = new Stage(scene)
-  const gates: string[] = []
-  const diverged = async (what: string): Promise<Outcome> => {
-    await stage.giveUp()
-    return { divergence: `${what}\nafter the turns ${gates.join(', ') || '(none)'}`, turns: gates.length }
-  }
-  let ways = [new Model(nature, [])]
-  for (const way of ways) way.start(program)
   stage.start(program)
+  let model = modelOf(course, [])
+  let decided = 0
+  let attempts = 0
+  const others = () => {
+    attempts = 0
+    return waysThrough(course, () => ++attempts <= mostAttempts)
+  }
+  const ended = async (what: Pick<Outcome, 'divergence' | 'left'>): Promise<Outcome> => {
+    await stage.giveUp()
+    return { ...what, turns: course.turns.length }
+  }
+  const diverged = (what: string) => {
+    if (attempts > mostAttempts) return ended({ left: 'too many ways' })
+    const taken = course.turns.map((gates) => gates.join(' + ')).join(', ')
+    return ended({ divergence: `${what}\nafter the turns ${taken || '(none)'}` })
+  }
   for (;;) {
-    const found = await stage.compare(ways)
+    const found = await stage.compare(model, model.asked > decided, others)
     if (typeof found === 'string') return diverged(found)
-    const gate = nextGate(found, program, gates.length)
-    if (gate !== undefined) {
-      const { choices } = found
-      gates.push(gate)
-      found.open(gate)
-      stage.open(gate)
-      ways = found.asked > choices.length ? waysOf(program, nature, gates, choices) : [found]
+    model = found
+    const gates = nextGates(model.gates, program, course.turns.length)
+    if (gates.length > 0) {
+      course.seen.push(signatureOf(model))
+      course.turns.push(gates)
+      decided = model.asked
+      model.open(gates)
+      for (const gate of gates) stage.open(gate)
       continue
     }
-    if (!found.ended) {
-      await stage.giveUp()
-      return { stuck: true, turns: gates.length }
-    }
-    const wrong = (await stage.compareRows(found)) ?? (await scene.ground.leftOpen())
-    return wrong ? diverged(wrong) : { turns: gates.length }
+    if (!model.ended) return ended({ left: 'waits for itself' })
+    const wrong = (await stage.compareRows(model)) ?? (await scene.ground.leftOpen())
+    return wrong ? diverged(wrong) : { turns: course.turns.length }
   }
 }
 
-/** What may have become of `program` after `gates`: one way for each decision of what is anybody's, beyond `decided`. */
-function waysOf(program: Program, nature: Nature, gates: readonly string[], decided: readonly boolean[]): Model[] {
-  const ways: Model[] = []
-  const untried = [decided]
-  for (let choices = untried.pop(); choices && ways.length < mostWays; choices = untried.pop()) {
-    const model = new Model(nature, choices)
-    model.start(program)
-    for (const gate of gates) model.open(gate)
-    ways.push(model)
+/** What a program went through. */
+interface Course {
+  readonly program: Program
+  readonly nature: Nature
+  /** The gates that were opened in each turn. */
+  readonly turns: (readonly string[])[]
+  /** What was there before each of them. */
+  readonly seen: string[]
+}
+
+/**
+ * Every way in which `course` may have come to where it is, as long as `goOn` says so: what is anybody's is decided so that all was
+ * there that was seen. What was decided last is decided otherwise first.
+ */
+function* waysThrough(course: Course, goOn: () => boolean): Generator<Model, void, void> {
+  const untried: (readonly boolean[])[] = [[]]
+  for (let choices = untried.pop(); choices && goOn(); choices = untried.pop()) {
+    const model = new Model(course.nature, choices)
+    model.start(course.program)
+    const right = course.turns.every((gates, turn) => {
+      if (signatureOf(model) !== course.seen[turn]) return false
+      model.open(gates)
+      return true
+    })
     for (let index = choices.length; index < model.asked; index++) {
       untried.push([...model.choices.slice(0, index), true])
     }
+    if (right) yield model
   }
-  return ways
 }
 
-function nextGate(model: Model, { schedule }: Program, turn: number): string | undefined {
-  const { gates } = model
-  return gates[(schedule[turn] ?? 0) % gates.length]
+/** What can be seen of a model. */
+function signatureOf({ log, gates, rows, hooks, reported }: Model): string {
+  const groups = hooks.filter(({ length }) => length > 0).map((group) => group.join())
+  return JSON.stringify([[...log].sort(), [...gates].sort(), [...rows].sort(), groups.sort(), [...reported].sort()])
+}
+
+function modelOf({ program, nature, turns }: Course, choices: readonly boolean[]): Model {
+  const model = new Model(nature, choices)
+  model.start(program)
+  for (const gates of turns) model.open(gates)
+  return model
+}
+
+/** What aborts goes alone: the answer of a statement that it meets at the database is anybody's. */
+function nextGates(gates: readonly string[], program: Program, turn: number): string[] {
+  if (gates.length === 0) return []
+  const wanted = (program.turns[turn] ?? [0]).map((number) => gates[number % gates.length] as string)
+  const chosen = [...new Set(wanted)]
+  const alone = chosen.some((gate) => actAt(program, gate)?.do === 'expire')
+  return alone ? chosen.slice(0, 1) : chosen
 }
 
 function waitsForItself(program: Program, nature: Nature): boolean {
-  const model = new Model(nature, [])
-  model.start(program)
+  const model = modelOf({ program, nature, turns: [], seen: [] }, [])
   for (let turn = 0; ; turn++) {
-    const gate = nextGate(model, program, turn)
-    if (gate === undefined) return !model.ended
-    model.open(gate)
+    const gates = nextGates(model.gates, program, turn)
+    if (gates.length === 0) return !model.ended
+    model.open(gates)
   }
 }
