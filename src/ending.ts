@@ -22,6 +22,8 @@ export class Ending<Connection> {
   readonly #session: Session<Connection>
   /** Hooks from outside the block that has a transaction to itself: the work there comes after it. */
   #outside: Hooks | undefined
+  /** Hooks that come while COMMIT or ROLLBACK is under way: they belong to the next transaction. */
+  #next: Hooks | undefined
   /** After-hooks that came due, until the session is free again. */
   #due: AfterHook[] = []
 
@@ -31,7 +33,7 @@ export class Ending<Connection> {
 
   /** Where hooks from outside any block go. */
   get hooks(): Hooks {
-    return this.#outside ?? this.#session.transaction.root.hooks
+    return this.#outside ?? this.#next ?? this.#session.transaction.root.hooks
   }
 
   /** From now on the transaction is that of a block alone, until {@link Ending.reunite}. */
@@ -57,6 +59,7 @@ export class Ending<Connection> {
         again = await (abortion ? Promise.race([this.prepare(), abortion.promise]) : this.prepare())
         if (abortion?.error) throw abortion.error
         this.#session.assertAccepts() // its context may have ended in between
+        again ||= transaction.root.hooks.beforeCommit.length > 0 // one may have come in between
       } catch (error) {
         stateOutcome(error, await this.rollback(transaction, error, abortion?.error !== undefined))
         throw error
@@ -73,6 +76,7 @@ export class Ending<Connection> {
   async rollback(transaction: Transaction<Connection>, error?: unknown, cancel = false): Promise<boolean> {
     const { root } = transaction
     root.refusal ??= this.#transactionEnded
+    this.#beginEnd(transaction)
     await this.#session.stop(cancel)
     const { opened } = transaction
     const said = await transaction.rollback(error)
@@ -154,6 +158,7 @@ export class Ending<Connection> {
 
   async #commitTransaction(transaction: Transaction<Connection>, aborted: () => boolean): Promise<void> {
     const opened = transaction.opened
+    this.#beginEnd(transaction)
     try {
       await transaction.commit(aborted)
       if (opened) this.#session.mayHaveCommitted()
@@ -167,6 +172,10 @@ export class Ending<Connection> {
     }
   }
 
+  #beginEnd(transaction: Transaction<Connection>): void {
+    if (transaction === this.#session.transaction) this.#next ??= noHooks()
+  }
+
   /** `transaction` has ended: the next statement opens a new one. */
   #renew(
     transaction: Transaction<Connection>,
@@ -177,6 +186,8 @@ export class Ending<Connection> {
     const { root } = transaction
     root.refusal ??= this.#transactionEnded
     this.#session.renew()
+    if (this.#next) moveHooks(this.#next, this.#session.transaction.root.hooks)
+    this.#next = undefined
     const hooks = copyHooks(root.hooks)
     dropHooks(root.hooks) // whoever still points at the block pins none of them
     if (!when) return

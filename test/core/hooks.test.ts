@@ -342,6 +342,44 @@ describe('beforeCommit', () => {
     expect(await notes()).toEqual([])
   })
 
+  it.each(['commit', 'rollback'] as const)(
+    'K1 attaches a hook that comes during a %s to the next transaction',
+    async (end) => {
+      const calls: string[] = []
+      await newContext(async () => {
+        await note('first')
+        subject.sent.length = 0
+        const ending = main[end]()
+        while (!subject.sent.some((text) => text.toLowerCase() === end)) await Promise.resolve() // it can't be answered yet
+        main.beforeCommit(() => calls.push('before'))
+        main.afterCommit(() => calls.push('after'))
+        main.afterRollback(() => calls.push('rolled back'))
+        await ending
+        expect(calls).toEqual([])
+        await note('second')
+      })
+      expect(calls).toEqual(['before', 'after'])
+      expect(await notes()).toEqual(end === 'commit' ? ['first', 'second'] : ['second'])
+    },
+  )
+
+  it('K1 runs a hook that comes between a commit() and its COMMIT', async () => {
+    for (let turns = 0; turns < 10; turns++) {
+      const calls: string[] = []
+      await newContext(async () => {
+        await note('lost')
+        const committing = main.commit()
+        for (let count = 0; count < turns; count++) await Promise.resolve()
+        main.beforeCommit(() => calls.push('hook'))
+        await committing
+        await note('found')
+      })
+      expect(calls).toEqual(['hook'])
+      expect(await notes()).toEqual(['found', 'lost'])
+      await subject.clear()
+    }
+  })
+
   it('K1 attaches a hook that is registered while idle to the next transaction', async () => {
     const calls: string[] = []
     await newContext(async () => {
