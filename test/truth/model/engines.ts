@@ -43,13 +43,17 @@ async function openPostgres(serverUrl: string): Promise<Ground> {
   const database = await createDatabaseAt(serverUrl)
   for (const table of tables) await database.witness.rows(table)
   let running = 0
+  let overlapping: unknown
   class CountingClient extends Client {
+    #running = 0
     override query(...args: unknown[]): never {
       const answer: unknown = super.query(...(args as [string]))
       if (answer instanceof Promise) {
         running++
+        if (this.#running++ > 0) overlapping ??= args[0]
         const over = () => {
           running--
+          this.#running--
         }
         answer.then(over, over)
       }
@@ -71,6 +75,7 @@ async function openPostgres(serverUrl: string): Promise<Ground> {
       return new Set(rows.map(({ label }) => label))
     },
     async leftOpen() {
+      if (overlapping) return `a statement was sent before the last one was answered: ${JSON.stringify(overlapping)}`
       const held = pools.reduce((sum, { totalCount, idleCount }) => sum + totalCount - idleCount, 0)
       if (held > 0) return `${held} connections are not back in their pool`
       const [open] = (await database.backends()).filter(({ transactionStart }) => transactionStart !== null)

@@ -40,9 +40,22 @@ export class Machine {
     return this.#asked
   }
 
-  /** Takes time at the database: whoever else can go on may do so before or after it. */
-  *race(): Course {
-    if (this.#others() && this.#choices[this.#asked++]) yield { over: () => true, rank: later }
+  /**
+   * Takes time, much or little: whoever else can go on may do so before or after it, one or several of them. `likely` is what is
+   * taken unless the choice is against it.
+   */
+  *race(likely: 'before' | 'after'): Course {
+    for (let count = 0; count < 2 && this.#others(); count++) {
+      const against = this.#choices[this.#asked++] ?? false
+      if (against === (likely === 'before' && count === 0)) return
+      yield { over: () => true, rank: later }
+    }
+  }
+
+  /** `wait` comes behind all others. */
+  requeue(wait: Wait): void {
+    const moved = this.#waiting.filter((each) => each.wait === wait)
+    this.#waiting = [...this.#waiting.filter((each) => each.wait !== wait), ...moved]
   }
 
   /** Starts `course`, which runs at once up to where it waits. */

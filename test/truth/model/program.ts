@@ -17,7 +17,9 @@ export type Act =
   | { readonly do: 'close'; readonly outcome: 'commit' | 'rollback' | undefined }
   | { readonly do: 'atomic'; readonly mode: Mode | undefined; readonly limit: Limit; readonly body: readonly Step[] }
   | { readonly do: 'savepoint' | 'native'; readonly body: readonly Step[] }
-  | { readonly do: 'context' | 'session'; readonly limit: Limit; readonly body: readonly Step[] }
+  | ({ readonly do: 'context'; readonly limit: Limit; readonly body: readonly Step[] } & ContextWays)
+  /** With `hold` it keeps its connection until its end. */
+  | { readonly do: 'session'; readonly limit: Limit; readonly hold: boolean; readonly body: readonly Step[] }
   /** Awaited until all have ended or one has thrown, until all have ended, or not at all. */
   | {
       readonly do: 'branches'
@@ -32,6 +34,13 @@ export type Act =
   /** Fires the limit of the unit around it, or of one farther out. */
   | { readonly do: 'expire'; readonly outward: number }
 
+/** How a context is made, and takes what nobody awaits. */
+export interface ContextWays {
+  /** `openContext` is settled by hand. */
+  readonly by: 'newContext' | 'openContext'
+  readonly unawaited: 'error' | undefined
+}
+
 export interface Step {
   readonly act: Act
   /** Its error is caught, and the next step follows. */
@@ -39,7 +48,7 @@ export interface Step {
 }
 
 /** What runs in a new context, and in which order its branches get their turns. */
-export interface Program {
+export interface Program extends ContextWays {
   readonly body: readonly Step[]
   readonly limit: Limit
   /** Which of those that are at a gate go next, one or several at once: the first of them when the turns have run out. */
@@ -51,17 +60,22 @@ const limit = fc.oneof(
   { weight: 2, arbitrary: fc.constantFrom('signal' as const, 'timeout' as const) },
 )
 
+const contextWays = {
+  by: fc.constantFrom('newContext' as const, 'newContext' as const, 'openContext' as const),
+  unawaited: fc.constantFrom(undefined, undefined, 'error' as const),
+}
+
 const depthIdentifier = fc.createDepthIdentifier()
 
 const { body } = fc.letrec<{ body: Step[]; inner: Step[]; step: Step; act: Act; nest: Act; simple: Act }>((tie) => ({
   simple: fc.oneof(
     { weight: 10, arbitrary: fc.record({ do: fc.constant('write' as const), times: fc.integer({ min: 1, max: 3 }) }) },
-    { weight: 3, arbitrary: fc.constant<Act>({ do: 'fail' }) },
+    { weight: 2, arbitrary: fc.constant<Act>({ do: 'fail' }) },
     { weight: 1, arbitrary: fc.constant<Act>({ do: 'orphan' }) },
     { weight: 1, arbitrary: fc.constant<Act>({ do: 'begin' }) },
     { weight: 2, arbitrary: fc.constant<Act>({ do: 'commit' }) },
     { weight: 2, arbitrary: fc.constant<Act>({ do: 'rollback' }) },
-    { weight: 2, arbitrary: fc.constant<Act>({ do: 'throw' }) },
+    { weight: 1, arbitrary: fc.constant<Act>({ do: 'throw' }) },
     {
       weight: 2,
       arbitrary: fc.record({
@@ -95,12 +109,12 @@ const { body } = fc.letrec<{ body: Step[]; inner: Step[]; step: Step; act: Act; 
       arbitrary: fc.record({ do: fc.constantFrom('savepoint' as const, 'native' as const), body: tie('inner') }),
     },
     {
-      weight: 2,
-      arbitrary: fc.record({
-        do: fc.constantFrom('context' as const, 'session' as const),
-        limit,
-        body: tie('inner'),
-      }),
+      weight: 1,
+      arbitrary: fc.record({ do: fc.constant('context' as const), limit, body: tie('inner'), ...contextWays }),
+    },
+    {
+      weight: 1,
+      arbitrary: fc.record({ do: fc.constant('session' as const), limit, hold: fc.boolean(), body: tie('inner') }),
     },
     {
       weight: 4,
@@ -124,14 +138,15 @@ const { body } = fc.letrec<{ body: Step[]; inner: Step[]; step: Step; act: Act; 
     { weight: 5, arbitrary: tie('simple') },
     { weight: 4, arbitrary: tie('nest') },
   ),
-  step: fc.record({ act: tie('act'), swallow: fc.constantFrom(false, true, true) }),
-  inner: fc.array(tie('step'), { maxLength: 4, size: 'max', depthIdentifier }),
-  body: fc.array(tie('step'), { minLength: 1, maxLength: 8, size: 'max', depthIdentifier }),
+  step: fc.record({ act: tie('act'), swallow: fc.constantFrom(true, true, true, false) }),
+  inner: fc.array(tie('step'), { minLength: 1, maxLength: 4, size: 'max', depthIdentifier }),
+  body: fc.array(tie('step'), { minLength: 3, maxLength: 8, size: 'max', depthIdentifier }),
 }))
 
 export const programs: fc.Arbitrary<Program> = fc.record({
   body,
   limit,
+  ...contextWays,
   turns: fc.array(
     fc.oneof(
       { weight: 3, arbitrary: fc.tuple(fc.nat(5)) },
@@ -142,8 +157,8 @@ export const programs: fc.Arbitrary<Program> = fc.record({
 })
 
 /** The program as somebody would write it, a step a line, each with the path that it is called by. */
-export function printed({ body, limit }: Program): string {
-  const lines = [`newContext${limited(limit)}`, ...linesOf(body, 'n', '  ')]
+export function printed(program: Program): string {
+  const lines = [`n ${headOf({ do: 'context', ...program })}`, ...linesOf(program.body, 'n', '  ')]
   return lines.join('\n')
 }
 
@@ -171,9 +186,9 @@ function headOf(act: Act): string {
     case 'atomic':
       return `atomic(${act.mode ?? ''})${limited(act.limit)}`
     case 'context':
-      return `newContext${limited(act.limit)}`
+      return `${act.by}${limited(act.limit)}${act.unawaited ? ', unawaited work is an error' : ''}`
     case 'session':
-      return `newSession${limited(act.limit)}`
+      return `newSession${limited(act.limit)}${act.hold ? ', held' : ''}`
     case 'branches':
       return act.how === 'unawaited' ? 'branches that nobody awaits' : `branches, ${act.how}`
     case 'hook':

@@ -1,5 +1,5 @@
-import { type Course, endOf, Machine, type Task, until, untilQuiet, untilTurn } from './machine.ts'
-import type { Act, Limit, Mode, Program, Step } from './program.ts'
+import { type Course, endOf, Machine, type Task, until, untilQuiet, untilTurn, type Wait } from './machine.ts'
+import type { Act, ContextWays, Limit, Mode, Program, Step } from './program.ts'
 
 /** What an engine is like, as far as the rules care. */
 export interface Nature {
@@ -170,6 +170,8 @@ class Session {
   readonly lane = new Lane()
   transaction: Transaction = { root: new Level(), opened: false }
   closed: Fault | undefined
+  /** It keeps its connection between its transactions (S3). */
+  hold = false
   /** Hooks from outside the block that has a transaction to itself. */
   outside: Hooks | undefined
   due: Hook[] = []
@@ -203,6 +205,7 @@ class Unit {
   sealed = false
   settlement: Task | undefined
   expiry: Expiry | undefined
+  unawaited: 'error' | undefined
   due: Hook[] = []
 
   /** In `around`; with `beside`, a session beside the context there, which stays the current one. */
@@ -233,6 +236,15 @@ interface Place {
   readonly limits: readonly Expiry[]
 }
 
+/** Where a branch waits for its turn. */
+interface Gate {
+  readonly wait: Wait
+  open(): void
+}
+
+/** How the context of a hook is made. */
+const ordinary: ContextWays = { by: 'newContext', unawaited: undefined }
+
 /** What the model says of a program, after each turn. */
 export interface Prediction {
   /** What each step and each hook ended with, by its path. */
@@ -254,7 +266,7 @@ export class Model implements Prediction {
   readonly reported: string[] = []
   readonly #choices: readonly boolean[]
   readonly #machine: Machine
-  readonly #gates = new Map<string, { open: boolean }>()
+  readonly #gates = new Map<string, Gate>()
   readonly #nature: Nature
   /** Who has the only connection, and who waits for it. */
   #holder: Session | undefined
@@ -287,8 +299,8 @@ export class Model implements Prediction {
     return this.#machine.idle
   }
 
-  start({ body, limit }: Program): void {
-    this.#machine.start(this.#logged('n', this.#newContext(undefined, [], limit, body, 'n')))
+  start({ body, limit, ...ways }: Program): void {
+    this.#machine.start(this.#logged('n', this.#newContext(undefined, [], ways, limit, body, 'n')))
     this.#machine.run()
   }
 
@@ -297,7 +309,8 @@ export class Model implements Prediction {
     for (const gate of gates) {
       const at = this.#gates.get(gate)
       if (!at) throw new Error(`Nobody is at gate ${gate}.`)
-      at.open = true
+      at.open()
+      this.#machine.requeue(at.wait)
       this.#gates.delete(gate)
     }
     this.#machine.run()
@@ -318,10 +331,16 @@ export class Model implements Prediction {
   *#body(steps: readonly Step[], path: string, at: Place): Course {
     for (const [index, { act, swallow }] of steps.entries()) {
       const here = `${path}.${index}`
-      const gate = { open: false }
+      let open = false
+      const gate: Gate = {
+        wait: { over: () => open },
+        open: () => {
+          open = true
+        },
+      }
       this.#gates.set(here, gate)
-      yield* until(() => gate.open)
-      yield* this.#machine.race()
+      yield gate.wait
+      yield* this.#machine.race('after')
       try {
         yield* this.#act(act, here, at)
         this.log.set(here, 'ok')
@@ -370,9 +389,9 @@ export class Model implements Prediction {
       case 'native':
         return yield* this.#atomic(at, this.#nature.native ? 'native' : 'savepoint', undefined, act.body, path)
       case 'context':
-        return yield* this.#newContext(at.scope, at.limits, act.limit, act.body, path)
+        return yield* this.#newContext(at.scope, at.limits, act, act.limit, act.body, path)
       case 'session':
-        return yield* this.#newSession(at, act.limit, act.body, path)
+        return yield* this.#newSession(at, act.limit, act.hold, act.body, path)
       case 'branches':
         return yield* this.#branches(at, act.how, act.bodies, path)
       case 'hook':
@@ -414,6 +433,7 @@ export class Model implements Prediction {
   *#newContext(
     parent: Scope | undefined,
     limits: readonly Expiry[],
+    { by, unawaited }: ContextWays,
     limit: Limit,
     body: readonly Step[],
     path: string,
@@ -421,11 +441,14 @@ export class Model implements Prediction {
     const unit = new Unit(parent)
     const expiry = this.#limitOf(unit, limit)
     const at = { scope: unit.scope, beside: undefined, limits: expiry ? [...limits, expiry] : limits }
-    yield* this.#unit(unit, () => this.#body(body, path, at))
+    unit.unawaited = unawaited
+    const work = () => this.#body(body, path, at)
+    yield* by === 'newContext' ? this.#unit(unit, work) : this.#openedUnit(unit, work)
   }
 
-  *#newSession(around: Place, limit: Limit, body: readonly Step[], path: string): Course {
+  *#newSession(around: Place, limit: Limit, hold: boolean, body: readonly Step[], path: string): Course {
     const unit = new Unit(around.scope, around.scope)
+    if (unit.session) unit.session.hold = hold
     const expiry = this.#limitOf(unit, limit)
     const limits = expiry ? [...around.limits, expiry] : around.limits
     const at = { scope: unit.scope, beside: unit.session, limits }
@@ -450,6 +473,20 @@ export class Model implements Prediction {
     }
     unit.settlement ??= this.#machine.start(this.#settle(unit, 'commit'))
     yield* endOf(unit.settlement)
+  }
+
+  /** Settled by hand: an abort ends it, and not the work, which hears of it at the end. */
+  *#openedUnit(unit: Unit, work: () => Course): Course {
+    try {
+      yield* work()
+    } catch (error) {
+      unit.settlement ??= this.#machine.start(this.#settle(unit, 'rollback'))
+      yield* endOf(unit.settlement)
+      throw error
+    }
+    unit.settlement ??= this.#machine.start(this.#settle(unit, 'commit'))
+    yield* endOf(unit.settlement)
+    if (unit.expiry?.up) throw unit.expiry.up
   }
 
   /** Whoever waits for `work` goes on when it is given up, and the work does not stop. */
@@ -497,9 +534,11 @@ export class Model implements Prediction {
   }
 
   *#joinUnit(unit: Unit): Course {
+    const unawaited = unit.unawaited === 'error' && unit.session?.lane.busy
     do {
       if (unit.session) yield* unit.session.lane.quiet(unit.expiry ?? never)
     } while (unit.session?.lane.busy)
+    if (unawaited) throw fault('UNAWAITED_WORK')
   }
 
   *#rollBackUnit(unit: Unit): Course {
@@ -515,6 +554,7 @@ export class Model implements Prediction {
 
   #closeSession(session: Session, refusal: Fault): void {
     session.closed ??= refusal
+    if (this.#holder === session) this.#holder = undefined
     session.lane.close(session.closed)
     if (session.unit.session === session) session.unit.session = undefined
   }
@@ -541,26 +581,29 @@ export class Model implements Prediction {
     const session = this.#session(at)
     const block = blockAround(session, at.scope)
     this.#assertAccepts(session, at)
-    const race = () => this.#machine.race()
+    const race = (likely: 'before' | 'after') => this.#machine.race(likely)
     const open = () => this.#open(session, at)
     yield* (block?.lane ?? session.lane).run({}, function* () {
       const level = block?.level ?? session.transaction.root
-      yield* race()
+      yield* race('after')
       assertUsable(level)
       if (!session.transaction.opened) {
         yield* open()
-        yield* race()
+        yield* race('before')
         assertUsable(level)
       }
-      act(level)
+      try {
+        act(level)
+      } finally {
+        yield* race('before')
+      }
     })
-    yield* race()
   }
 
   /** BEGIN, which waits for the only connection, unless the unit that waits is inside the one that holds it (S2, S11). */
   *#open(session: Session, { scope }: Place): Course {
     const { transaction } = session
-    if (this.#nature.singleConnection) {
+    if (this.#nature.singleConnection && this.#holder !== session) {
       const queue = this.#queue
       const inside = () => this.#holder !== undefined && surrounds(this.#holder, session, scope)
       if (!inside()) {
@@ -579,7 +622,7 @@ export class Model implements Prediction {
   }
 
   #release(session: Session): void {
-    if (this.#holder === session) this.#holder = undefined
+    if (this.#holder === session && !session.hold) this.#holder = undefined
   }
 
   /** Commit, rollback and close by hand, outside any block (A2); hooks that come due run when the session is free again (K2). */
@@ -608,20 +651,20 @@ export class Model implements Prediction {
 
   *#commitByHand(session: Session, at: Place): Course {
     const { transaction } = session
-    yield* this.#machine.race()
+    yield* this.#machine.race('after')
     if (transaction.opened) yield* this.#commit(session, transaction, at)
   }
 
   *#rollbackByHand(session: Session): Course {
     const { transaction } = session
-    yield* this.#machine.race()
+    yield* this.#machine.race('after')
     if (transaction.opened) yield* this.#rollBack(session, transaction)
   }
 
   *#close(session: Session, at: Place, outcome: 'commit' | 'rollback' | undefined): Course {
     const { transaction } = session
     if (transaction.opened && outcome === undefined) throw fault('TRANSACTION_OPEN')
-    yield* this.#machine.race()
+    yield* this.#machine.race('after')
     if (outcome === 'rollback') yield* this.#rollBack(session, transaction)
     else yield* this.#commit(session, transaction, at)
     this.#closeSession(session, fault('SESSION_CLOSED'))
@@ -671,7 +714,7 @@ export class Model implements Prediction {
     if (transaction.opened && transaction === session.transaction) this.#release(session)
     if (!failure && transaction.opened) for (const row of root.rows) this.rows.add(row)
     this.#renew(session, transaction, failure ? 'afterRollback' : 'afterCommit')
-    yield* this.#machine.race()
+    if (transaction.opened) yield* this.#machine.race('before')
     if (failure) throw failure
   }
 
@@ -679,7 +722,7 @@ export class Model implements Prediction {
     transaction.root.refusal ??= fault('BLOCK_ENDED')
     if (transaction.opened && transaction === session.transaction) this.#release(session)
     this.#renew(session, transaction, 'afterRollback')
-    yield* this.#machine.race()
+    if (transaction.opened) yield* this.#machine.race('before')
   }
 
   #renew(session: Session, transaction: Transaction, when: 'afterCommit' | 'afterRollback'): void {
@@ -739,7 +782,7 @@ export class Model implements Prediction {
     if (expiry?.up) throw expiry.up
     const { transaction } = session
     const outer = enclosing?.level ?? transaction.root
-    yield* this.#machine.race()
+    yield* this.#machine.race('after')
     const open = enclosing !== undefined || transaction.opened
     if (open && mode === 'raise') throw fault('TRANSACTION_OPEN')
     if (open && mode === 'commit') yield* this.#commit(session, transaction, at)
@@ -833,7 +876,7 @@ export class Model implements Prediction {
     for (const { path, body } of hooks.sort((one, other) => one.order - other.order)) {
       ran.push(path)
       try {
-        yield* this.#newContext(undefined, [], undefined, body, `${path}!`)
+        yield* this.#newContext(undefined, [], ordinary, undefined, body, `${path}!`)
       } catch (error) {
         if (!(error instanceof Fault)) throw error
         this.reported.push(error.says)

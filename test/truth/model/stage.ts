@@ -6,10 +6,11 @@ import {
   defineDatabase,
   isAmbientError,
   newContext,
+  openContext,
 } from '../../../src/index.ts'
 import type { Alarms } from './alarms.ts'
 import type { Engine, Ground, Mutate } from './engines.ts'
-import type { Act, Limit, Program, Step } from './program.ts'
+import type { Act, ContextWays, Limit, Program, Step } from './program.ts'
 import type { Prediction } from './rules.ts'
 
 type Main = AmbientDatabase<unknown, unknown>
@@ -102,8 +103,8 @@ export class Stage {
     }
   }
 
-  start({ body, limit }: Program): void {
-    this.#ended = this.#logged('n', this.#newContext([], limit, body, 'n'))
+  start({ body, limit, ...ways }: Program): void {
+    this.#ended = this.#logged('n', this.#newContext([], ways, limit, body, 'n'))
   }
 
   /** Lets the branch at this gate take its step. */
@@ -117,7 +118,7 @@ export class Stage {
    * Waits until everything is as `likely` says, or one of `others`, and nothing more is about to happen; resolves with that one, or
    * with what is not as it must be.
    *
-   * @param raced whether things raced since the last comparison, so that other rows may be there though `likely` has no new ones.
+   * @param raced whether things have raced, so that other rows may be there though `likely` has no new ones.
    */
   async compare<Predicted extends Prediction>(
     likely: Predicted,
@@ -306,11 +307,14 @@ export class Stage {
       case 'savepoint':
         return (at.beside ?? main.session()).savepoint(inside(act.body))
       case 'context':
-        return this.#newContext(at.limits, act.limit, act.body, path)
+        return this.#newContext(at.limits, act, act.limit, act.body, path)
       case 'session': {
         const { limit, options } = this.#limit(act.limit)
         const limits = limit ? [...at.limits, limit] : at.limits
-        return main.newSession((beside) => this.#body(act.body, path, { beside, limits }), options)
+        return main.newSession((beside) => this.#body(act.body, path, { beside, limits }), {
+          ...options,
+          hold: act.hold,
+        })
       }
       case 'branches': {
         const branches = act.bodies.map((body, number) => this.#body(body, `${path}.${number}`, at))
@@ -330,10 +334,25 @@ export class Stage {
     }
   }
 
-  #newContext(limits: Place['limits'], limited: Limit, body: readonly Step[], path: string): Promise<void> {
+  async #newContext(
+    limits: Place['limits'],
+    { by, unawaited }: ContextWays,
+    limited: Limit,
+    body: readonly Step[],
+    path: string,
+  ): Promise<void> {
     const { limit, options } = this.#limit(limited)
     const at = { beside: undefined, limits: limit ? [...limits, limit] : limits }
-    return this.#scene.hands.newContext(() => this.#body(body, path, at), options)
+    const work = () => this.#body(body, path, at)
+    if (by === 'newContext') return this.#scene.hands.newContext(work, { ...options, unawaited })
+    const context = openContext({ ...options, unawaited })
+    try {
+      await context.run(work)
+    } catch (error) {
+      await context.settle('rollback', error)
+      throw error
+    }
+    await context.settle('commit')
   }
 
   #limit(limit: Limit): { limit?: { fire(): void }; options: ContextOptions } {

@@ -22,7 +22,6 @@ export async function tryOut(program: Program, scene: Scene): Promise<Outcome> {
   const stage = new Stage(scene)
   stage.start(program)
   let model = modelOf(course, [])
-  let decided = 0
   let attempts = 0
   const others = () => {
     attempts = 0
@@ -38,14 +37,13 @@ export async function tryOut(program: Program, scene: Scene): Promise<Outcome> {
     return ended({ divergence: `${what}\nafter the turns ${taken || '(none)'}` })
   }
   for (;;) {
-    const found = await stage.compare(model, model.asked > decided, others)
+    const found = await stage.compare(model, model.asked > 0, others)
     if (typeof found === 'string') return diverged(found)
     model = found
     const gates = nextGates(model.gates, program, course.turns.length)
     if (gates.length > 0) {
       course.seen.push(signatureOf(model))
       course.turns.push(gates)
-      decided = model.asked
       model.open(gates)
       for (const gate of gates) stage.open(gate)
       continue
