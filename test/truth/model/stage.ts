@@ -49,12 +49,15 @@ export interface Scene {
   close(): Promise<void>
 }
 
+/** So that what a fault leaves behind comes to its end; later than it is seen. */
+const leftBehind = { acquireTimeout: 2000, blockTimeout: 2000, settleTimeout: 2000 }
+
 export function openScene(engine: Engine, ground: Ground, alarms: Alarms, sabotage?: Sabotage): Scene {
   const adapter = engine.library.adapter(ground.pool)
   const main = defineDatabase({
     name: 'main',
     adapter: sabotage?.mutate?.(adapter) ?? adapter,
-    ...(sabotage && { blockTimeout: 2000 }), // so that what a fault leaves behind comes to its end
+    ...(sabotage && leftBehind),
     onHookError: (error) => scene.onHookError(error),
   })
   const honest: Hands = {
