@@ -512,8 +512,8 @@ export async function runAfterHooks(hooks: AfterHook[]): Promise<void> {
 }
 
 /**
- * Its context is aborted if it takes too long. Then it has the same time once more to heed that: the answer to a COMMIT that it
- * has sent elsewhere comes in that time or never, and is told of.
+ * Its context is aborted if it takes too long. Then it has the same time once more to heed that. What becomes of a COMMIT that it
+ * has sent elsewhere is told of, however late.
  */
 async function runAfterHook({ run, timeout, late, onError }: AfterHook): Promise<void> {
   const context = new Context({ streams: 'destroy' })
@@ -529,8 +529,9 @@ async function runAfterHook({ run, timeout, late, onError }: AfterHook): Promise
   } catch (error) {
     onError(error)
     if (error !== context.abortion) return
-    await bounded(ended, timeout, () => undefined).catch((second) => {
+    ended.catch((second) => {
       if (isAmbientError(second) && (second.outcome === 'unknown' || second.outcome === 'partial')) onError(second)
     })
+    await bounded(ended, timeout, () => undefined).catch(() => {})
   }
 }

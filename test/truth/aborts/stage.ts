@@ -92,8 +92,6 @@ export class AbortStage extends Stage {
   readonly #live = new Set<Piece>()
   readonly #byContext = new Map<number, Piece>()
   readonly #exchanges = new Set<Exchange>()
-  /** They may settle after the unit has. */
-  readonly #reports = new Set<Promise<unknown>>()
   readonly #judged = new Set<unknown>()
   /** COMMITs that were called for and not written yet. */
   #due = 0
@@ -122,8 +120,6 @@ export class AbortStage extends Stage {
       },
     })
     this.#options = options
-    const report = this.report
-    this.report = (by, labels, promise) => this.#tracked(report(by, labels, promise))
   }
 
   // What units do
@@ -293,13 +289,6 @@ export class AbortStage extends Stage {
     }
   }
 
-  #tracked<Result>(report: Promise<Result>): Promise<Result> {
-    this.#reports.add(report)
-    const done = () => this.#reports.delete(report)
-    report.then(done, done)
-    return report
-  }
-
   /** COMMIT is called for on a database. */
   #committing(database: DatabaseName): void {
     const piece = this.#options.places.getStore()?.piece
@@ -364,11 +353,6 @@ export class AbortStage extends Stage {
       const kind = (end.reason as { code?: unknown })?.code === '57014' ? 'late cancel' : 'lost slot'
       this.find(kind, `the next borrower: ${describe(end.reason)}`)
     }
-  }
-
-  /** Resolves when all that was to be reported is. */
-  async reported(): Promise<void> {
-    while (this.#reports.size > 0) await Promise.allSettled(this.#reports)
   }
 
   find(kind: Finding['kind'], text: string): void {

@@ -91,6 +91,7 @@ export async function openLab(server: Server, serverUrl: string): Promise<Lab> {
     const bound = mayHang ? declaredHangBound : hangBound
     const settled = await settlesWithin(work, bound)
     if (!settled) violate('hang', `not settled within ${bound} ms`)
+    else if (!(await settlesWithin(stage.reported(), hangBound))) violate('hang', 'something of it has not settled')
     const boundaries = log.boundaries()
     stage.settled()
     trap?.remove()

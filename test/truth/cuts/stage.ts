@@ -76,6 +76,7 @@ export class Stage {
   readonly #claims: Claim[] = []
   readonly #reported = new Set<unknown>()
   readonly #unknowns = new Set<unknown>()
+  readonly #reports = new Set<Promise<unknown>>()
   readonly violations: Violation[] = []
   /** Outcomes that were unknown and were found out. */
   resolved = 0
@@ -142,7 +143,20 @@ export class Stage {
     this.report('newContext', labels, newContext(work, options))
 
   /** Notes what `promise` says about `labels`: durable if it resolves, otherwise what the error says. */
-  report = async <Result>(by: string, labels: Labels | (() => Labels), promise: Promise<Result>): Promise<Result> => {
+  report = <Result>(by: string, labels: Labels | (() => Labels), promise: Promise<Result>): Promise<Result> => {
+    const report = this.#report(by, labels, promise)
+    this.#reports.add(report)
+    const done = () => this.#reports.delete(report)
+    report.then(done, done)
+    return report
+  }
+
+  /** Resolves when all that was to be reported is: some of it may settle after the unit has. */
+  async reported(): Promise<void> {
+    while (this.#reports.size > 0) await Promise.allSettled(this.#reports)
+  }
+
+  async #report<Result>(by: string, labels: Labels | (() => Labels), promise: Promise<Result>): Promise<Result> {
     const named = () => (typeof labels === 'function' ? labels() : labels)
     try {
       const result = await promise
