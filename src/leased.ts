@@ -6,6 +6,8 @@ export class LeasedTransaction<Connection> {
   readonly block: NativeBlock
   readonly #statements: Statements<Connection>
   #open = false
+  /** Its COMMIT failed: the ROLLBACK that libraries then send has nothing left to do, and must not hide that error. */
+  #failed = false
 
   constructor(statements: Statements<Connection>) {
     this.#statements = statements
@@ -19,6 +21,9 @@ export class LeasedTransaction<Connection> {
   /** Does what SQL of transaction control asks for. */
   async control(control: TransactionControl): Promise<void> {
     const { block } = this
+    const failed = this.#failed
+    this.#failed = false
+    if (failed && control.kind === 'rollback') return
     if (control.kind === 'other' || (control.kind !== 'begin' && !this.#open))
       throw controlRefused(this.#statements.name)
     if (control.kind === 'begin') {
@@ -30,7 +35,11 @@ export class LeasedTransaction<Connection> {
       })
     } else if (control.kind === 'commit' || control.kind === 'rollback') {
       this.#open = false
-      await (control.kind === 'commit' ? block.commit() : block.rollback())
+      if (control.kind === 'rollback') return block.rollback()
+      await block.commit().catch((error) => {
+        this.#failed = true
+        throw error
+      })
     } else if (control.kind === 'savepoint') {
       await block.savepoint(control.name)
     } else if (control.kind === 'release') {

@@ -78,6 +78,21 @@ describe('a leased client', () => {
     expect(await notes()).toEqual(['a', 'c'])
   })
 
+  it('A4 takes the ROLLBACK that follows a COMMIT that failed, so that the error of the COMMIT is seen', async () => {
+    await newContext(async () => {
+      await withClient(async (client) => {
+        await client.query('begin')
+        await put(client, 'a')
+        await client.query('select * from missing').catch(() => {})
+        await expect(client.query('commit')).rejects.toMatchObject(aborted)
+        await client.query('rollback')
+        await expect(client.query('rollback')).rejects.toMatchObject({ code: 'AMBIENT_TRANSACTION_CONTROL' })
+      })
+      await note('b')
+    })
+    expect(await notes()).toEqual(['b'])
+  })
+
   it('A4 loses its work with the session', async () => {
     const work = newContext(async () => {
       await withClient(async (client) => {
