@@ -238,6 +238,8 @@ export interface NativeBlock {
   rollbackTo(name: string): Promise<void>
   /** Forgets a named savepoint, keeping its work. */
   releaseSavepoint(name: string): Promise<void>
+  /** Whoever had it has given it back: what still names it is refused. */
+  release(): void
 }
 
 /**

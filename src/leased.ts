@@ -51,6 +51,7 @@ export class LeasedTransaction<Connection> {
 
   /** Ends the lease; a transaction that is still open on it is rolled back. */
   release(): void {
+    this.block.release()
     if (!this.#open) return
     this.#open = false
     void this.block.rollback()

@@ -12,6 +12,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
   /** Made by `begin`: a query alone needs none. */
   block: Block<Connection> | undefined
   readonly session: Session<Connection>
+  released = false
   /** The scope of what is entered; begin puts the block into it. */
   #scope: Scope | undefined
   /** Named savepoints that are open, from the outside in; a name hides an older one of the same name. */
@@ -37,7 +38,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
       return refuse(new AmbientError('AMBIENT_TRANSACTION_OPEN', what, { database: session.name }))
     }
     try {
-      session.assertAccepts()
+      session.assertAccepts(this)
     } catch (error) {
       return refuse(error as AmbientError) // assertAccepts throws nothing else
     }
@@ -115,6 +116,10 @@ export class NativeTransaction<Connection> implements NativeBlock {
   async commit(): Promise<void> {
     this.#end('commit')
     await this.#turn
+  }
+
+  release(): void {
+    this.released = true
   }
 
   async rollback(): Promise<void> {

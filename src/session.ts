@@ -172,7 +172,7 @@ export class Session<Connection>
 
   run<Result>(statement: (connection: Connection) => Promise<Result>, native?: NativeBlock): Promise<Result> {
     const block = this.#blockFor(native)
-    const refusal = this.#refusal()
+    const refusal = this.#refusal(native)
     if (refusal) return Promise.reject(refusal)
     const lane = block?.inner ?? this.lane
     const occupant: Occupant = { label: 'a statement', place: this.place() }
@@ -193,7 +193,7 @@ export class Session<Connection>
 
   async openStream(destroy: (error: Error) => void, native?: NativeBlock): Promise<OpenStream<Connection>> {
     const block = this.#blockFor(native)
-    this.assertAccepts()
+    this.assertAccepts(native)
     return this.streams.open(block?.inner ?? this.lane, () => block?.level ?? this.transaction.root, destroy)
   }
 
@@ -352,15 +352,22 @@ export class Session<Connection>
     return named.live ? named : enclosing // after its transaction a leased client is like the pool
   }
 
-  /** Throws if the session or its context has ended. */
-  assertAccepts(): void {
-    const refusal = this.#refusal()
+  /** Throws if the session or its context has ended, or the client that asks was given back. */
+  assertAccepts(native?: NativeBlock): void {
+    const refusal = this.#refusal(native)
     if (refusal) throw refusal
   }
 
-  #refusal(): AmbientError | undefined {
+  #refusal(native?: NativeBlock): AmbientError | undefined {
     const refusal = this.#closed ?? (this.owner.refuses ? this.#contextEnded : undefined)
-    return refusal && this.#refused(refusal())
+    if (refusal) return this.#refused(refusal())
+    const { released } = (native ?? {}) as Partial<NativeTransaction<Connection>> // made by createBlock
+    return released ? this.#refused(this.#clientReleased()) : undefined
+  }
+
+  #clientReleased(): AmbientError {
+    const what = 'A client, or a transaction on it, was used after it had been released.'
+    return new AmbientError('AMBIENT_BLOCK_ENDED', what, { database: this.name })
   }
 
   #refused(error: AmbientError): AmbientError {

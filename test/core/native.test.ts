@@ -2,6 +2,7 @@ import { newContext } from 'ambient-db'
 import { kyselyHandle } from 'ambient-db/kysely'
 import { type Kysely, PostgresDialect } from 'kysely'
 import type { PoolClient } from 'pg'
+import Cursor from 'pg-cursor'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { gate } from '../support/gate.ts'
 import { createSubject, type Subject } from '../support/subject.ts'
@@ -91,6 +92,30 @@ describe('a leased client', () => {
       await note('b')
     })
     expect(await notes()).toEqual(['b'])
+  })
+
+  it('A6 is refused unsent what it is asked for after its release', async () => {
+    await newContext(async () => {
+      const [used, unused] = await Promise.all([main.db.connect(), main.db.connect()])
+      await used.query('begin')
+      await put(used, 'a')
+      await used.query('commit')
+      const issued = put(used, 'b')
+      for (const client of [used, unused]) client.release()
+      await issued
+      subject.sent.length = 0
+      for (const client of [used, unused]) {
+        for (const refused of [
+          put(client, 'late'),
+          client.query('begin'),
+          client.query(new Cursor('select 1')).read(1),
+        ])
+          await expect(refused).rejects.toMatchObject({ code: 'AMBIENT_BLOCK_ENDED', database: 'main' })
+      }
+      expect(subject.sent).toEqual([])
+      await note('c')
+    })
+    expect(await notes()).toEqual(['a', 'b', 'c'])
   })
 
   it('A4 loses its work with the session', async () => {
