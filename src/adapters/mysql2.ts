@@ -320,6 +320,8 @@ interface Target {
   control(control: TransactionControl): Promise<void>
   /** `SET TRANSACTION`, which is about the next transaction. */
   next?(settings: TransactionSettings): void
+  /** Streams of a leased connection that are not closed. */
+  readonly streams?: Set<Readable>
 }
 
 /** Runs what `mysql2` accepts as a query in the session. */
@@ -351,7 +353,7 @@ function settingsOfNext(text: string): TransactionSettings | undefined {
 }
 
 /** A query without a callback: returned at once, sent in its turn, and in possession of the session until all rows have come. */
-function stream({ statements, block }: Target, method: 'query' | 'execute', args: unknown[]): Command {
+function stream({ statements, block, streams }: Target, method: 'query' | 'execute', args: unknown[]): Command {
   const create = Connection.createQuery as unknown as (...all: unknown[]) => Command // its fourth parameter is not in the types
   const command = bindEmitter(create(args[0], args[1], undefined, {}))
   let readable: Readable | undefined
@@ -361,13 +363,16 @@ function stream({ statements, block }: Target, method: 'query' | 'execute', args
   }
   const makeStream = command.stream
   command.stream = (options) => {
-    readable = makeStream.call(command, options)
-    const { destroy } = readable
-    readable.destroy = (error) => {
+    const made = makeStream.call(command, options)
+    readable = made
+    streams?.add(made)
+    made.once('close', () => streams?.delete(made))
+    const { destroy } = made
+    made.destroy = (error) => {
       leave()
-      return destroy.call(readable, error)
+      return destroy.call(made, error)
     }
-    return readable
+    return made
   }
   const end = (error: Error) => {
     const subject = readable ?? command
@@ -452,6 +457,7 @@ class AmbientConnection extends EventEmitter {
   readonly #config: () => object | undefined
   /** What `SET TRANSACTION` has said. */
   #next: TransactionSettings = {}
+  readonly #streams = new Set<Readable>()
   readonly authorized = true
   readonly state = 'authenticated'
 
@@ -473,6 +479,7 @@ class AmbientConnection extends EventEmitter {
       next: (settings) => {
         this.#next = settings
       },
+      streams: this.#streams,
     }
   }
 
@@ -517,12 +524,14 @@ class AmbientConnection extends EventEmitter {
     this.#transaction.release()
   }
 
+  /** Like `release`, and nobody reads its streams any more. */
   destroy(): void {
+    for (const each of this.#streams) each.destroy()
     this.release()
   }
 
   end(callback?: Callback): void {
-    this.release()
+    this.destroy()
     if (callback) process.nextTick(callback, null)
   }
 

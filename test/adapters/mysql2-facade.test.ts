@@ -271,6 +271,23 @@ describe('a connection of the session', () => {
 })
 
 describe('streams', () => {
+  it('S9 of a connection that is ended are read by nobody, and the session goes on', async () => {
+    const large = "select repeat('x', 50000) as text from seq_1_to_300" // so that there is a rest
+    await newContext(async () => {
+      for (const end of ['end', 'destroy'] as const) {
+        const connection = await called<CallbackConnection>((callback) => db.pool.getConnection(callback))
+        const stream = connection.query(large).stream({ highWaterMark: 1 })
+        await once(stream, 'data')
+        stream.pause()
+        await expect(note('refused')).rejects.toMatchObject({ code: 'AMBIENT_STREAM_OPEN' })
+        connection[end]()
+        await note(end)
+        expect(stream.destroyed).toBe(true)
+      }
+    })
+    expect(await texts()).toEqual(['destroy', 'end'])
+  })
+
   const numbers = 'select seq as n from seq_1_to_1000'
 
   it('S9 emit rows and fields as those of mysql2, with back-pressure', async () => {
