@@ -70,7 +70,7 @@ export type CommitStatus = 'committed' | 'rolled-back' | 'pending' | 'unknown'
  * It is a plain object whose functions do not use `this`, so that a library's adapter can be a driver's with another handle.
  * Each call is made outside any async context unless said otherwise. `ambient-db/conformance` holds the suite to pass.
  *
- * What adapters share: {@link callFactory}, `traits.ts` (what errors of the engines mean), `sql.ts` (transaction control as text).
+ * What adapters share: {@link callFactory}, {@link overDriver}, `traits.ts` (what errors of the engines mean), `sql.ts` (transaction control as text).
  */
 export interface Adapter<Handle, Engine, Connection> {
   /** What `engine` can do. Called once per engine. */
@@ -253,3 +253,14 @@ export function callFactory<Result>(factory: (host: string) => Result, host: str
   }
   return factory(host as string)
 }
+
+/** The adapter of a library that is built on a driver's client: the driver's, with a handle of the library's over its handle. */
+export function overDriver<Client, Engine, Connection, Handle>(
+  driver: Adapter<Client, Engine, Connection>,
+  build: HandleBuilder<Client, Connection, Handle>,
+): Adapter<Handle, Engine, Connection> {
+  return { ...driver, createHandle: (statements) => build(statements, driver.createHandle(statements)) }
+}
+
+/** Makes a library's handle over `client`, which is a driver's handle over `statements`. */
+export type HandleBuilder<Client, Connection, Handle> = (statements: Statements<Connection>, client: Client) => Handle

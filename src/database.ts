@@ -1,5 +1,12 @@
 import type { AbortOptions } from './abortion.ts'
-import type { Adapter, NativeBlock, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
+import type {
+  Adapter,
+  HandleBuilder,
+  NativeBlock,
+  Statements,
+  TransactionOptions,
+  TransactionSettings,
+} from './adapter.ts'
 import type { AtomicOptions } from './atomic.ts'
 import { Context, currentScope, enclosingScopes, liveScope, nextNumber, runInScope, runUnit } from './context.ts'
 import { Engines } from './engine.ts'
@@ -152,9 +159,13 @@ export interface DatabaseCore<Connection> {
 
 const statementsKey = Symbol.for('ambient-db.statements')
 
-/** The ambient statements of a database, for one more handle over it. The caller knows the type of its connections. */
-export function statementsOf<Connection>(database: AmbientDatabase<unknown, unknown>): Statements<Connection> {
-  return (database as Partial<Database<unknown, unknown, Connection>>)[statementsKey] as Statements<Connection> // each has them
+/** One more handle over a driver database, in the same session and transaction. */
+export function handleOver<Client, Handle>(
+  database: AmbientDatabase<Client, unknown>,
+  build: HandleBuilder<Client, unknown, Handle>,
+): Handle {
+  const { [statementsKey]: statements } = database as Database<Client, unknown, unknown> // each has them
+  return build(statements, database.db)
 }
 
 /**

@@ -22,11 +22,12 @@ import {
   type Capabilities,
   callFactory,
   type NativeBlock,
+  overDriver,
   type Statements,
   type TransactionSettings,
 } from '../adapter.ts'
 import { detach } from '../context.ts'
-import { type AmbientDatabase, statementsOf } from '../database.ts'
+import { type AmbientDatabase, handleOver } from '../database.ts'
 import { AmbientError } from '../errors.ts'
 import { controlRefused, parseTransactionControl } from '../sql.ts'
 import { mysqlErrorTraits, notFromServer, postgresErrorTraits, sqliteErrorTraits } from '../traits.ts'
@@ -88,11 +89,7 @@ export function kyselyAdapter<Tables>(
 ): unknown {
   if (typeof first === 'function') return overDialect<Tables>(first, second as KyselyOptions) // the overloads pair them
   const dialect = second as DialectOverPool // likewise
-  return {
-    ...first,
-    createHandle: (statements: Statements<unknown>) =>
-      handleOverPool<Tables>(statements, first.createHandle(statements), dialect, third),
-  }
+  return overDriver(first, (statements, pool) => handleOverPool<Tables>(statements, pool, dialect, third))
 }
 
 /**
@@ -115,7 +112,7 @@ export function kyselyHandle<Tables>(
   dialect: DialectOverPool,
   options?: KyselyOptions,
 ): Kysely<Tables> {
-  return handleOverPool(statementsOf(database), database.db, dialect, options)
+  return handleOver(database, (statements, pool) => handleOverPool(statements, pool, dialect, options))
 }
 
 /** A dialect and what Kysely makes of it. */
