@@ -26,6 +26,17 @@ export default defineConfig({
         },
       },
       {
+        // The release candidate of Drizzle, in place of Drizzle: the same tests.
+        extends: true,
+        resolve: { alias: [{ find: /^drizzle-orm(?=\/|$)/, replacement: 'drizzle-orm-next' }] },
+        test: {
+          name: 'drizzle-next',
+          include: ['test/adapters/drizzle*.test.ts'],
+          exclude: ['test/adapters/drizzle-relations.test.ts'], // which differ
+          globalSetup: ['test/support/global-setup.ts'],
+        },
+      },
+      {
         extends: true,
         test: {
           name: 'truth',

@@ -11,7 +11,7 @@ if (selection.length > 0) {
   await stage('format and lint', () => check(['biome', 'ci', '--error-on-warnings', ...colors]))
   await stage('unused code', () => check(['knip']))
   await stage('build', () => check(['tsdown']))
-  await stage('behaviour', () => vitest(['--project=behaviour']))
+  await stage('behaviour', () => vitest(['--project=behaviour', '--project=drizzle-next']))
   // One after the other: each brings a load of its own.
   await stage('truth', () => vitest(['--project=truth', '--no-file-parallelism']))
   await stage('package', () => vitest(['--project=package']))

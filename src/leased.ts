@@ -1,6 +1,35 @@
 import type { NativeBlock, Statements } from './adapter.ts'
 import { controlRefused, type TransactionControl } from './sql.ts'
 
+/** The block that the next lease takes as its own. */
+let offered: { readonly statements: unknown; readonly block: NativeBlock } | undefined
+
+/**
+ * Runs a library's transaction method, which leases a client before it waits for anything, and begins on it, as the scope of
+ * that transaction: helpers that it calls belong to it, and others wait for its end.
+ */
+export function inLease<Connection, Result>(
+  statements: Statements<Connection>,
+  work: (block: NativeBlock) => Result,
+): Result {
+  const block = statements.createBlock()
+  return block.enter(() => {
+    offered = { statements, block }
+    try {
+      return work(block)
+    } finally {
+      offered = undefined
+    }
+  })
+}
+
+function takeOffered(statements: unknown): NativeBlock | undefined {
+  if (!offered || offered.statements !== statements) return undefined
+  const { block } = offered
+  offered = undefined
+  return block
+}
+
 /** The transaction of a client that was leased from a session: its BEGIN … COMMIT is a savepoint of the session. */
 export class LeasedTransaction<Connection> {
   readonly block: NativeBlock
@@ -11,7 +40,7 @@ export class LeasedTransaction<Connection> {
 
   constructor(statements: Statements<Connection>) {
     this.#statements = statements
-    this.block = statements.createBlock()
+    this.block = takeOffered(statements) ?? statements.createBlock()
   }
 
   get open(): boolean {

@@ -64,6 +64,8 @@ export interface AdapterHarness<Handle = unknown> {
   ids(handle: Handle): Promise<number[]>
   /** Runs a statement through a handle that the engine answers with an error. */
   fail(handle: Handle): Promise<unknown>
+  /** What the library has wrapped in the error of a statement: the session speaks of that. Default is the error itself. */
+  driverError?(error: unknown): unknown
   /** The ids that are committed, in ascending order, by a connection that the library does not know of. */
   witness(): Promise<number[]>
   /** Streams the ids that a handle sees, in ascending order. */
@@ -137,11 +139,19 @@ class Trial {
 
   /** Inserts a row through the ambient handle; a refusal that is thrown rejects as well. */
   async insert(id: number, handle: unknown = this.main.db): Promise<void> {
-    await this.harness.insert(handle, id)
+    try {
+      await this.harness.insert(handle, id)
+    } catch (error) {
+      throw this.driverError(error)
+    }
   }
 
   async fail(handle: unknown = this.main.db): Promise<unknown> {
-    return rejection(this.harness.fail(handle))
+    return this.driverError(await rejection(this.harness.fail(handle)))
+  }
+
+  driverError(error: unknown): unknown {
+    return this.harness.driverError ? this.harness.driverError(error) : error
   }
 
   async ids(handle: unknown = this.main.db): Promise<number[]> {
@@ -312,7 +322,7 @@ const contexts: AdapterCase[] = [
       newContext(async () => {
         await t.insert(1)
         t.harness.fail(t.main.db).catch((thrown: unknown) => {
-          failure = thrown
+          failure = t.driverError(thrown)
         })
       }),
     )
@@ -690,7 +700,7 @@ const sessions: AdapterCase[] = [
       let first: unknown
       const context = newContext(async () => {
         await t.insert(1)
-        first = await rejection(gate.pass(t.main.db))
+        first = t.driverError(await rejection(gate.pass(t.main.db)))
       })
       context.catch(ignore)
       await gate.reached()

@@ -20,7 +20,7 @@ const mysqlCapabilities: Capabilities = {
 
 /** What a harness for MySQL needs to know of one library. */
 export interface MysqlSubject<Handle>
-  extends Pick<AdapterHarness<Handle>, 'transaction' | 'beginTransaction' | 'stream'> {
+  extends Pick<AdapterHarness<Handle>, 'transaction' | 'beginTransaction' | 'stream' | 'driverError'> {
   readonly capabilities?: Partial<Capabilities>
   define(pool: (host?: string) => Pool, options: HarnessOptions<Handle>): AmbientDatabase<Handle, unknown>
   query(handle: Handle, sql: string, parameters?: unknown[]): Promise<{ rows: unknown }>

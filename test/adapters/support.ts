@@ -37,7 +37,7 @@ const postgresCapabilities: Capabilities = {
 
 /** What a harness for PostgreSQL needs to know of one library. */
 export interface PostgresSubject<Handle>
-  extends Pick<AdapterHarness<Handle>, 'transaction' | 'beginTransaction' | 'stream'> {
+  extends Pick<AdapterHarness<Handle>, 'transaction' | 'beginTransaction' | 'stream' | 'driverError'> {
   readonly capabilities?: Partial<Capabilities>
   define(pool: (host?: string) => Pool, options: HarnessOptions<Handle>): AmbientDatabase<Handle, unknown>
   query(handle: Handle, sql: string, parameters?: unknown[]): Promise<{ rows: unknown[] }>

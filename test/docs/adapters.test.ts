@@ -1,8 +1,11 @@
 import { readFileSync } from 'node:fs'
 import { DatabaseSync } from 'node:sqlite'
+import { drizzleAdapter } from 'ambient-db/drizzle'
 import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
+import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
+import { drizzle as drizzlePg } from 'drizzle-orm/node-postgres'
 import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
@@ -15,6 +18,16 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
   '`pgAdapter`': () => pgAdapter(() => new Pool()),
   '`pgAdapter`, pool with `pipeline: true`': () => pgAdapter(() => new Pool({ pipeline: true } as PoolConfig)),
   '`mysql2Adapter`': () => mysql2Adapter(() => createPool({})),
+  '`drizzleAdapter` over `pgAdapter`': () =>
+    drizzleAdapter(
+      pgAdapter(() => new Pool()),
+      (client) => drizzlePg({ client }),
+    ),
+  '`drizzleAdapter` over `mysql2Adapter`': () =>
+    drizzleAdapter(
+      mysql2Adapter(() => createPool({})),
+      (client) => drizzleMysql({ client }),
+    ),
   '`kyselyAdapter` over a `PostgresDialect`': () => kyselyAdapter(() => new PostgresDialect({ pool: new Pool() })),
   '`kyselyAdapter` over a `MysqlDialect`': () => kyselyAdapter(() => new MysqlDialect({ pool: createPool({}).pool })),
   '`kyselyAdapter` over a `SqliteDialect`': () =>

@@ -8,9 +8,17 @@ import {
   type TransactionOptions,
 } from 'ambient-db'
 import { type AdapterHarness, adapterSuite } from 'ambient-db/conformance'
+import { drizzleAdapter, drizzleHandle } from 'ambient-db/drizzle'
 import { kyselyAdapter, kyselyHandle } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
+import { drizzle as drizzleMysql, type MySql2Database } from 'drizzle-orm/mysql2'
+import { drizzle as drizzlePg, type NodePgDatabase } from 'drizzle-orm/node-postgres'
+import { pgTable, serial, text } from 'drizzle-orm/pg-core'
+import { defineRelations } from 'drizzle-orm-next'
+import { drizzle as drizzleNextMysql, type MySql2Database as NextMysqlDatabase } from 'drizzle-orm-next/mysql2'
+import { drizzle as drizzleNext } from 'drizzle-orm-next/node-postgres'
+import { pgTable as pgTableNext, text as textNext } from 'drizzle-orm-next/pg-core'
 import { type Generated, type Kysely, MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool as createCallbackPool } from 'mysql2'
 import { createPool, type Pool as MysqlPool, type RowDataPacket } from 'mysql2/promise'
@@ -45,6 +53,88 @@ const onKyselyMysql = defineDatabase({
     mysql2Adapter(() => createPool({})),
     (pool) => new MysqlDialect({ pool }),
   ),
+})
+
+const drizzleUsers = pgTable('users', { id: serial().primaryKey(), name: text().notNull() })
+const schema = { users: drizzleUsers }
+const onDrizzle = defineDatabase({
+  name: 'main',
+  adapter: drizzleAdapter(
+    pgAdapter(() => new OwnPool()),
+    (client) => drizzlePg({ client, schema }),
+  ),
+})
+const onDrizzleMysql = defineDatabase({
+  name: 'main',
+  adapter: drizzleAdapter(
+    mysql2Adapter(() => createPool({})),
+    (client) => drizzleMysql({ client }),
+  ),
+})
+const nextUsers = pgTableNext('users', { name: textNext().notNull() })
+const relations = defineRelations({ users: nextUsers })
+const onDrizzleNext = defineDatabase({
+  name: 'main',
+  adapter: drizzleAdapter(
+    pgAdapter(() => new Pool()),
+    (client) => drizzleNext({ client, relations }),
+  ),
+})
+
+describe('Drizzle handles', () => {
+  it('have exactly the type that `drizzle` returned', () => {
+    expectTypeOf(onDrizzle.db).toEqualTypeOf<NodePgDatabase<typeof schema> & { $client: Pool }>()
+    expectTypeOf(onDrizzleMysql.db).toEqualTypeOf<MySql2Database & { $client: MysqlPool }>()
+    expectTypeOf(onDrizzleNext.db).toEqualTypeOf<ReturnType<typeof drizzleNext<typeof relations, Pool>>>()
+    const onNextMysql = drizzleHandle(onMysql, (client) => drizzleNextMysql({ client }))
+    expectTypeOf(onNextMysql).toEqualTypeOf<NextMysqlDatabase & { $client: MysqlPool }>()
+    const handle = drizzleHandle(onPg, (client) => drizzlePg({ client, schema }))
+    expectTypeOf(handle).toEqualTypeOf<NodePgDatabase<typeof schema> & { $client: Pool }>()
+    expectTypeOf(onDrizzle.session()).toEqualTypeOf<AmbientSession<typeof onDrizzle.db>>()
+    expectTypeOf(onDrizzle.connect).returns.resolves.toEqualTypeOf<OwnPool>()
+  })
+
+  it('infer what queries give', () => {
+    const { db } = onDrizzle
+    const found = () => db.query.users.findMany({ columns: { name: true } })
+    expectTypeOf(found).returns.resolves.toEqualTypeOf<{ name: string }[]>()
+    const selected = async () => db.transaction((tx) => tx.select().from(drizzleUsers))
+    expectTypeOf(selected).returns.resolves.toEqualTypeOf<{ id: number; name: string }[]>()
+    const next = () => onDrizzleNext.db.query.users.findMany()
+    expectTypeOf(next).returns.resolves.toEqualTypeOf<{ name: string }[]>()
+  })
+
+  it('know the tables', () => {
+    void (() => [
+      // @ts-expect-error there is no such table
+      onDrizzle.db.query.missing,
+      // @ts-expect-error a name is a string
+      onDrizzle.db.insert(drizzleUsers).values({ name: 1 }),
+      // @ts-expect-error no table of this schema has relations of its own
+      onDrizzleMysql.db.query.users,
+    ])
+  })
+
+  it('are made over the client of a driver, and are those of Drizzle', () => {
+    const driver = pgAdapter(() => new Pool())
+    const mysqlDriver = mysql2Adapter(() => createPool({}))
+    drizzleAdapter(driver, (client) => {
+      expectTypeOf(client).toEqualTypeOf<Pool>()
+      return drizzlePg({ client })
+    })
+    void (() => [
+      // @ts-expect-error a driver adapter, not a pool
+      drizzleAdapter(new Pool(), (client: Pool) => drizzlePg({ client })),
+      // @ts-expect-error a Drizzle database, not the client itself
+      drizzleAdapter(driver, (client) => client),
+      // @ts-expect-error the pool of mysql2 is no client of node-postgres
+      drizzleAdapter(mysqlDriver, (client) => drizzlePg({ client })),
+      // @ts-expect-error a function that makes it over the client, not one made over a pool of its own
+      drizzleAdapter(driver, drizzlePg({ client: new Pool() })),
+      // @ts-expect-error over a driver database: the handle of this one is a Kysely
+      drizzleHandle(onKysely, (client) => drizzlePg({ client })),
+    ])
+  })
 })
 
 describe('handles', () => {
