@@ -5,8 +5,9 @@ import { drizzle, type NodePgDatabase } from 'drizzle-orm/node-postgres'
 import type { Pool, PoolConfig } from 'pg'
 import QueryStream from 'pg-query-stream'
 import { afterAll, beforeAll, describe } from 'vitest'
+import { statement } from '../support/drizzle.ts'
 import { createDatabase, type TestDatabase } from '../support/postgres.ts'
-import { driverError, pgItems, statement } from './drizzle-subject.ts'
+import { driverError, pgItems } from './drizzle-subject.ts'
 import { itHoldsTheSuite, type PostgresSubject, postgresHarness } from './support.ts'
 
 type Handle = NodePgDatabase & { $client: Pool }

@@ -1,10 +1,13 @@
+import { drizzle, type NodePgDatabase } from 'drizzle-orm/node-postgres'
 import { CompiledQuery, type Kysely, PostgresDialect } from 'kysely'
 import type { Pool } from 'pg'
 import Cursor from 'pg-cursor'
 import QueryStream from 'pg-query-stream'
 import type { Adapter } from '../../src/adapter.ts'
+import { drizzleAdapter } from '../../src/adapters/drizzle.ts'
 import { kyselyAdapter } from '../../src/adapters/kysely.ts'
 import { pgAdapter } from '../../src/adapters/pg.ts'
+import { statement } from '../support/drizzle.ts'
 
 export type Execute = (sql: string, parameters?: unknown[]) => Promise<unknown>
 
@@ -83,4 +86,15 @@ const kyselyBare: Library<Kysely<Tables>> = {
   ...kyselyHandles,
 }
 
-export const libraries: readonly Library[] = [pg, kyselyOverPg, kyselyBare] as unknown as Library[] // each sees only its own handles
+const drizzleOverPg: Library<NodePgDatabase & { $client: Pool }> = {
+  name: 'drizzle-pg',
+  limits: {},
+  resolvable: true,
+  adapter: (pool) => drizzleAdapter(pgAdapter(pool), (client) => drizzle({ client })),
+  execute: (db, sql, parameters) => db.execute(statement(sql, parameters)).then((result) => result), // sent at once
+  stream: (db) => db.$client.query(new QueryStream('select n from numbers', [], { batchSize: 10 })),
+  transaction: (db, work) =>
+    db.transaction((tx) => work((sql, parameters) => tx.execute(statement(sql, parameters)).then((result) => result))),
+}
+
+export const libraries: readonly Library[] = [pg, kyselyOverPg, kyselyBare, drizzleOverPg] as unknown as Library[] // each sees only its own handles

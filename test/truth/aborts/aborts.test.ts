@@ -12,7 +12,7 @@ describe('aborts', () => {
   it('C8 H4 leave nothing behind, wherever they come, and the truth is told', () => {
     const { rows, failures, output } = report
     expect(failures, output).toEqual([])
-    expect(rows.map(({ subject }) => subject)).toEqual(['pg', 'kysely-pg', 'kysely-bare'])
+    expect(rows.map(({ subject }) => subject)).toEqual(['pg', 'kysely-pg', 'kysely-bare', 'drizzle-pg'])
     for (const { runs, violations, figures } of rows) {
       expect(violations).toBe(0)
       expect(figures['units and ways']).toBeGreaterThan(40)
@@ -29,6 +29,6 @@ describe('aborts', () => {
       planted.filter(({ caught }) => caught === 0),
       output,
     ).toEqual([])
-    expect(planted).toHaveLength(2 * mutants.length)
+    expect(planted).toHaveLength(3 * mutants.length)
   })
 })

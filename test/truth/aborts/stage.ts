@@ -350,7 +350,8 @@ export class AbortStage extends Stage {
     )
     for (const end of await Promise.allSettled(contexts)) {
       if (end.status === 'fulfilled') continue
-      const kind = (end.reason as { code?: unknown })?.code === '57014' ? 'late cancel' : 'lost slot'
+      const { code, cause } = (end.reason ?? {}) as { code?: unknown; cause?: { code?: unknown } }
+      const kind = [code, cause?.code].includes('57014') ? 'late cancel' : 'lost slot' // a library may wrap it
       this.find(kind, `the next borrower: ${describe(end.reason)}`)
     }
   }

@@ -15,8 +15,10 @@ describe('pools', () => {
       ['pg', 14],
       ['kysely-pg', 14],
       ['kysely-bare', 14],
+      ['drizzle-pg', 14],
       ['mysql2', 14],
       ['kysely-mysql2', 14],
+      ['drizzle-mysql2', 14],
       ['kysely-sqlite', 5],
     ])
     for (const { violations, figures } of rows) {
@@ -31,6 +33,6 @@ describe('pools', () => {
       planted.filter(({ caught }) => caught === 0),
       output,
     ).toEqual([])
-    expect(planted).toHaveLength(33)
+    expect(planted).toHaveLength(49)
   })
 })

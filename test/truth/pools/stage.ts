@@ -224,8 +224,12 @@ export class Stage {
 
   /** The error must have one of these codes, of the library or of the driver; a pattern is for texts. */
   expectError(by: string, error: unknown, ...expected: (string | RegExp)[]): void {
-    const { code, message } = (error ?? {}) as { code?: string; message?: string }
-    const fits = expected.some((each) => (typeof each === 'string' ? code === each : each.test(String(message))))
+    const own = told(error)
+    const driver = told(own.cause) // a library may wrap what its driver throws, but nothing of ours
+    const fits = expected.some((each) => {
+      if (typeof each !== 'string') return each.test(`${own.message} ${driver.message}`)
+      return own.code === each || (driver.code === each && !each.startsWith('AMBIENT_'))
+    })
     if (!fits) this.violate('wrong error', `${by}: ${error ? describe(error) : 'no error'}, but expected ${expected}`)
   }
 
@@ -312,4 +316,8 @@ export function describe(error: unknown): string {
   if (!(error instanceof Error)) return String(error)
   const { code } = error as { code?: string }
   return `${code ?? error.name} ${error.message.split('\n')[0]?.slice(0, 140)}`
+}
+
+function told(error: unknown): { readonly code?: string; readonly message?: string; readonly cause?: unknown } {
+  return (error ?? {}) as ReturnType<typeof told>
 }
