@@ -338,10 +338,10 @@ function run(target: Target, method: 'query' | 'execute', args: unknown[]): Comm
 async function answer(target: Target, method: 'query' | 'execute', args: unknown[]): Promise<unknown[]> {
   const text = textOf(args[0])
   const settings = settingsOfNext(text)
-  if (settings && target.next) return [target.next(settings), undefined]
   const control = parseTransactionControl(text)
-  if (!control) return target.statements.run((connection) => ask(connection, method, args), target.block)
-  await target.control(control)
+  if (settings && target.next) target.next(settings)
+  else if (control) await target.control(control)
+  else return target.statements.run((connection) => ask(connection, method, args), target.block)
   return [{ fieldCount: 0, affectedRows: 0, insertId: 0, info: '', serverStatus: 0, warningStatus: 0, changedRows: 0 }]
 }
 

@@ -210,7 +210,8 @@ describe('a connection of the session', () => {
     await newContext(
       async () => {
         const connection = await db.getConnection()
-        await connection.query('set transaction isolation level serializable')
+        const [header] = await connection.query('set transaction isolation level serializable')
+        expect(header).toMatchObject({ affectedRows: 0, insertId: 0 }) // which Drizzle looks at
         await connection.query('start transaction read only')
         expect(statements()).toEqual([])
         await connection.query('select 1')
