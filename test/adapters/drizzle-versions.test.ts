@@ -123,13 +123,27 @@ describe('relational queries on PostgreSQL', () => {
   })
 })
 
-describe('relational queries on MySQL', () => {
+describe('queries on MySQL', () => {
   let database: MysqlDatabase
   beforeAll(async () => {
     database = await createMysqlDatabase()
     await database.witness.rows('create table users (id int primary key, name varchar(20) not null)')
   })
   afterAll(() => database.drop())
+
+  it('S9 refuse what comes behind an iterator that 0.45 has left open in a transaction, rather than hang', async () => {
+    const main = defineDatabase({ name: 'main', adapter: mysql2Adapter(() => createPool({ uri: database.url })) })
+    const db = drizzleHandle(main, (client) => drizzleMysql({ client }))
+    await newContext(async () => {
+      const left = db.transaction(async (tx) => {
+        for await (const _ of tx.select({ n: sql`seq` }).from(sql`seq_1_to_10000`).prepare().iterator()) break
+        await tx.execute('select 1')
+      })
+      await expect(left).rejects.toMatchObject({ code: 'AMBIENT_STREAM_OPEN' })
+      await db.execute('select 1')
+    })
+    await main.shutdown()
+  })
 
   it('S2 see what the session has written', async () => {
     const table = mysqlTable('users', { id: int().primaryKey(), name: varchar({ length: 20 }).notNull() })
