@@ -7,6 +7,7 @@ import type { Adapter } from '../../src/adapter.ts'
 import { drizzleAdapter } from '../../src/adapters/drizzle.ts'
 import { kyselyAdapter } from '../../src/adapters/kysely.ts'
 import { pgAdapter } from '../../src/adapters/pg.ts'
+import { isAmbientError } from '../../src/index.ts'
 import { statement } from '../support/drizzle.ts'
 
 export type Execute = (sql: string, parameters?: unknown[]) => Promise<unknown>
@@ -32,6 +33,12 @@ export interface Library<Handle = unknown, Engine = unknown, Connection = unknow
   stream(db: Handle): AsyncIterable<unknown>
   /** The transaction of the library's own. */
   transaction(db: Handle, work: (execute: Execute) => Promise<unknown>): Promise<unknown>
+}
+
+/** What the driver threw, in which the library may have wrapped it. */
+export function driverError(error: unknown): unknown {
+  const { cause } = Object(error)
+  return cause === undefined || isAmbientError(error) ? error : driverError(cause)
 }
 
 export interface Tables {

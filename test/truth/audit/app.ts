@@ -214,9 +214,11 @@ class Run implements App {
     const leftOpen: string[] = []
     const { close } = await this.#served
     if (!(await settlesWithin(close(), this.#patience))) leftOpen.push('the server did not close')
-    const { main, other } = this.#databases
-    const shutdowns = Promise.all([main.shutdown(), other.shutdown()])
-    if (!(await settlesWithin(shutdowns, 2 * this.#patience))) leftOpen.push('the databases did not shut down')
+    const shutdowns = databaseNames.map((name) =>
+      this.#databases[name].shutdown().catch((error) => leftOpen.push(`'${name}': ${describe(error)}`)),
+    )
+    if (!(await settlesWithin(Promise.all(shutdowns), 3 * this.#patience)))
+      leftOpen.push('the databases did not shut down')
     await sleep(20) // what the last connections have to say
     process.off('uncaughtException', this.#onUncaught)
     process.off('unhandledRejection', this.#onUncaught)

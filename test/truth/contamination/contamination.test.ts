@@ -12,8 +12,8 @@ describe('contamination', () => {
   it('C1 C4 A3 A6 S12 lets a row into no transaction but its own, and none behind the end', () => {
     const { rows, failures, output } = report
     expect(failures, output).toEqual([])
-    const onPostgres = ['pg', 'pg, pipelined', 'kysely-pg', 'kysely-bare']
-    const onMariadb = /MySQL .* left out/.test(output) ? [] : ['mysql2', 'kysely-mysql2']
+    const onPostgres = ['pg', 'pg, pipelined', 'kysely-pg', 'kysely-bare', 'drizzle-pg']
+    const onMariadb = /MySQL .* left out/.test(output) ? [] : ['mysql2', 'kysely-mysql2', 'drizzle-mysql2']
     expect(rows.map(({ subject }) => subject)).toEqual([...onPostgres, ...onMariadb])
     for (const { runs, violations, figures } of rows) {
       expect(violations).toBe(0)

@@ -51,13 +51,15 @@ function onPostgres(url: string): Subject[] {
   const subject = (library: Library, pipeline = false): Subject => ({
     ...{ library, name: pipeline ? `${library.name}, pipelined` : library.name },
     streams: library.limits.streams !== true && !pipeline,
+    cancels: library.limits.cancelling !== true,
     open: () => openPostgres(url, pipeline),
   })
   return libraries.flatMap((each) => (each.name === 'pg' ? [subject(each), subject(each, true)] : [subject(each)]))
 }
 
 function onMariadb(url: string): Subject[] {
-  return mysqlLibraries.map((library) => ({ library, name: library.name, streams: true, open: () => openMariadb(url) }))
+  const able = { streams: true, cancels: true }
+  return mysqlLibraries.map((library) => ({ library, name: library.name, ...able, open: () => openMariadb(url) }))
 }
 
 /** In short, the first library alone gets them. */

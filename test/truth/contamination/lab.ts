@@ -1,11 +1,11 @@
 import { EventEmitter } from 'node:events'
-import { setTimeout as sleep } from 'node:timers/promises'
 import { defineDatabase, newContext } from '../../../src/index.ts'
 import type { Library } from '../libraries.ts'
+import { settlesWithin, sleep } from '../waiting.ts'
 import type { Sabotage } from './faults.ts'
 import { disagreement, Ledger } from './ledger.ts'
 import type { Place } from './place.ts'
-import { type Program, programOf, textOf } from './program.ts'
+import { type Able, type Program, programOf, textOf } from './program.ts'
 import { describe, type Kind, type Scene } from './scene.ts'
 import { Unit } from './unit.ts'
 
@@ -15,10 +15,9 @@ const poolSize = 10
 const longPatience = 120_000
 
 /** A library on a server. */
-export interface Subject {
+export interface Subject extends Able {
   readonly name: string
   readonly library: Library
-  readonly streams: boolean
   open(): Promise<Place>
 }
 
@@ -100,7 +99,8 @@ export async function run(load: Load): Promise<Outcome> {
       seconds: Math.round((performance.now() - startedAt) / 1000),
     }
   } finally {
-    await within(scene.database.shutdown(), patience)
+    const closing = scene.database.shutdown().catch((error) => complain('left open', 0, describe(error)))
+    if (!(await settlesWithin(closing, patience))) complain('left open', 0, 'shutdown() did not end')
     await sleep(20) // what the last connections have to say
     process.off('uncaughtException', onStray)
     process.off('unhandledRejection', onStray)
@@ -195,12 +195,6 @@ async function noTransaction({ place, complain }: Scene, patience: number): Prom
     if (performance.now() - since > patience) return complain('open transaction', 0, found.join('; '))
     await sleep(50)
   }
-}
-
-async function within(promise: Promise<unknown>, ms: number): Promise<void> {
-  const abort = new AbortController()
-  await Promise.race([promise.catch(() => {}), sleep(ms, undefined, { signal: abort.signal }).catch(() => {})])
-  abort.abort()
 }
 
 /** What the unit is, for whoever looks into a failure. */

@@ -50,6 +50,8 @@ export interface Program {
 /** What a library can be asked for. */
 export interface Able {
   readonly streams: boolean
+  /** What runs in a block that is aborted is cancelled; otherwise its connection is destroyed. */
+  readonly cancels: boolean
 }
 
 /** The program of unit `number`: it follows from these numbers alone. */
@@ -193,7 +195,7 @@ class Composer {
     // A throw in what joined, or a native transaction, has no signal of its own.
     let end = this.#end()
     if (end === 'abort' && (mode === 'native' || where.session)) end = 'throw'
-    if (mode === 'join' && end !== 'return') this.#peaceful = false
+    if ((mode === 'join' && end !== 'return') || (end === 'abort' && !this.#able.cancels)) this.#peaceful = false
     const inside: Where = { ...where, depth: where.depth + 1, block: true, beside: 'nothing' }
     const steps = this.#steps(this.#random.whole(1, 4), inside)
     const before: Step[] = mode === 'savepoint' || mode === 'native' ? [{ do: 'write' }] : []

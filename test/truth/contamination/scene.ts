@@ -15,6 +15,7 @@ export type Kind =
   | 'hang'
   | 'open transaction'
   | 'lost slot'
+  | 'left open' // `shutdown()` failed, or did not end
   | 'uncaught'
 
 /** What units of work share. */

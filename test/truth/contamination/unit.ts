@@ -8,6 +8,7 @@ import {
   newContext,
   openContext,
 } from '../../../src/index.ts'
+import { driverError } from '../libraries.ts'
 import { type Account, accountOf, type Entry, Part } from './ledger.ts'
 import type { End, Leak, Program, Step } from './program.ts'
 import {
@@ -537,7 +538,7 @@ export class Unit {
 
   /** Errors that there may be in a unit. */
   #expected(error: unknown): void {
-    const { code, errno } = (error ?? {}) as { code?: unknown; errno?: unknown }
+    const { code, errno } = Object(driverError(error)) as { code?: unknown; errno?: unknown }
     const destroyed = this.#scene.library.limits.cancelling && /Connection terminated/.test(String(error))
     const own = error instanceof Thrown || isAmbientError(error) || destroyed
     if (!own && code !== '22012' && code !== '57014' && errno !== 1644 && errno !== 1317) {

@@ -8,6 +8,7 @@ import {
   newContext,
   openContext,
 } from '../../../src/index.ts'
+import { driverError } from '../libraries.ts'
 import type { Alarms } from './alarms.ts'
 import type { Engine, Ground, Mutate } from './engines.ts'
 import type { Act, ContextWays, Limit, Program, Step } from './program.ts'
@@ -279,7 +280,7 @@ export class Stage {
         try {
           await hands.statement(subject.db, 'select * from missing')
         } catch (error) {
-          if (!isAmbientError(error)) this.#origins.set(error as object, `database ${path}`)
+          if (!isAmbientError(error)) this.#origins.set(driverError(error) as object, `database ${path}`)
           throw error
         }
         return
@@ -374,9 +375,9 @@ export class Stage {
     if (isAmbientError(error)) return error.code
     if (error instanceof Boom) return `boom ${error.message}`
     if (error instanceof GivenUp) return 'given up'
-    const origin = this.#origins.get(error as object)
+    const origin = this.#origins.get(driverError(error) as object)
     if (origin) return origin
-    const text = String(error instanceof Error ? error.message : error)
+    const text = String((driverError(error) as Error).message)
     return /foreign key/i.test(text) ? 'database orphan' : text
   }
 }
