@@ -80,8 +80,8 @@ async function runLibrary(
       .filter((way) => way === (option('way') ?? way) && unit.name === (option('unit') ?? unit.name))
       .map((way): Case => ({ library, unit, way })),
   )
-  // In short, each library has some of the units and ways, so that together they have most of them.
-  const chosen = size === 'long' ? undisturbed : undisturbed.filter((_, index) => index % 5 === turn)
+  // In short, the libraries share the units and ways.
+  const chosen = size === 'long' ? undisturbed : undisturbed.filter((_, index) => index % libraries.length === turn)
   const learned = await runCases(lab.run, chosen, { atOnce, mayBeLoad })
   const points = learned.flatMap(({ points: found }, index) =>
     found.map((point): Case => ({ ...(chosen[index] as Case), point })),
