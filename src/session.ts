@@ -307,6 +307,8 @@ export class Session<Connection>
   }
 
   #actOutside(label: string, work: () => Promise<void>): Promise<void> {
+    const refusal = this.#refusal()
+    if (refusal) return Promise.reject(refusal) // where all has ended, that tells more than the end of a block
     const block = this.enclosingBlock()
     if (!block) return this.#act(label, undefined, work)
     if (!block.live) return Promise.reject(this.blockEnded(block))

@@ -1,6 +1,6 @@
 import { newContext } from 'ambient-db'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
-import { gate } from '../support/gate.ts'
+import { gate, until } from '../support/gate.ts'
 import { createSubject, type Subject } from '../support/subject.ts'
 
 let subject: Subject
@@ -611,5 +611,26 @@ describe('newSession', () => {
       await own.db.query("insert into notes values ('a')")
     })
     expect(await notes()).toEqual([])
+  })
+
+  it('C8 says of control by hand in a block of an aborted session that the session has ended', async () => {
+    const controller = new AbortController()
+    const refusals: unknown[] = []
+    const over = gate()
+    const work = main.newSession(
+      (session) =>
+        session.savepoint(async () => {
+          controller.abort()
+          await over.passed
+          for (const act of [session.commit, session.rollback]) {
+            refusals.push(await act().catch((error: unknown) => error))
+          }
+        }),
+      { signal: controller.signal },
+    )
+    await expect(work).rejects.toMatchObject({ code: 'AMBIENT_ABORTED' })
+    over.open()
+    await until(() => refusals.length === 2)
+    for (const refusal of refusals) expect(refusal).toMatchObject(closed)
   })
 })

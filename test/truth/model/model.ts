@@ -35,7 +35,9 @@ export const model: Harness = {
       for (const engine of chosen) {
         const ground = await engine.open(conditions.url)
         try {
-          if (only !== 'only') rows.push(await explore(engine, ground, alarms, conditions, failures))
+          // Each gets other programs; the seed of a counter-example is that of its engine.
+          const seed = wanted === undefined ? conditions.seed + engines.indexOf(engine) : conditions.seed
+          if (only !== 'only') rows.push(await explore(engine, ground, alarms, { ...conditions, seed }, failures))
           if (only !== 'none' && path === undefined)
             planted.push(...(await plantAll(engine, ground, alarms, conditions)))
         } finally {

@@ -583,21 +583,26 @@ export class Model implements Prediction {
     this.#assertAccepts(session, at)
     const race = (likely: 'before' | 'after') => this.#machine.race(likely)
     const open = () => this.#open(session, at)
-    yield* (block?.lane ?? session.lane).run({}, function* () {
-      const level = block?.level ?? session.transaction.root
-      yield* race('after')
-      assertUsable(level)
-      if (!session.transaction.opened) {
-        yield* open()
-        yield* race('before')
+    try {
+      yield* (block?.lane ?? session.lane).run({}, function* () {
+        const level = block?.level ?? session.transaction.root
+        yield* race('after')
         assertUsable(level)
-      }
-      try {
-        act(level)
-      } finally {
-        yield* race('before')
-      }
-    })
+        if (!session.transaction.opened) {
+          yield* open()
+          yield* race('before')
+          assertUsable(level)
+        }
+        try {
+          act(level)
+        } finally {
+          yield* race('before')
+        }
+      })
+    } catch (error) {
+      yield* race('after') // the lane is told at once, the caller a moment later
+      throw error
+    }
   }
 
   /** BEGIN, which waits for the only connection, unless the unit that waits is inside the one that holds it (S2, S11). */
@@ -628,9 +633,9 @@ export class Model implements Prediction {
   /** Commit, rollback and close by hand, outside any block (A2); hooks that come due run when the session is free again (K2). */
   *#outside(at: Place, work: (session: Session) => Course): Course {
     const session = this.#session(at)
+    this.#assertAccepts(session, at)
     const block = blockAround(session, at.scope)
     if (block) throw fault(block.live ? 'ATOMIC_NESTING' : 'BLOCK_ENDED')
-    this.#assertAccepts(session, at)
     yield* this.#inTurn(session, session.lane, {}, () => work(session))
   }
 

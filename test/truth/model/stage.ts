@@ -87,7 +87,8 @@ let runs = 0
 export class Stage {
   readonly #scene: Scene
   readonly #run = ++runs
-  readonly #log = new Map<string, string>()
+  /** What each step ended with: nothing, or an error, which is told later: a library may be behind its driver. */
+  readonly #log = new Map<string, { readonly error?: unknown }>()
   readonly #gates = new Map<string, { open(): void; giveUp(): void }>()
   readonly #hooks: string[] = []
   readonly #reported: string[] = []
@@ -196,7 +197,8 @@ export class Stage {
   }
 
   #difference(expected: Prediction): { missing?: string; wrong?: string } {
-    for (const [path, said] of this.#log) {
+    for (const [path, end] of this.#log) {
+      const said = 'error' in end ? this.#describe(end.error) : 'ok'
       const must = expected.log.get(path)
       if (must !== said) return { wrong: `${path}: ${said}, but must be: ${must ?? 'not at its end'}` }
     }
@@ -232,9 +234,9 @@ export class Stage {
   async #logged(path: string, work: Promise<void>): Promise<void> {
     try {
       await work
-      this.#log.set(path, 'ok')
+      this.#log.set(path, {})
     } catch (error) {
-      this.#log.set(path, this.#describe(error))
+      this.#log.set(path, { error })
     } finally {
       this.#wake()
     }
@@ -246,9 +248,9 @@ export class Stage {
       await this.#gate(here)
       try {
         await this.#act(act, here, at)
-        this.#log.set(here, 'ok')
+        this.#log.set(here, {})
       } catch (error) {
-        this.#log.set(here, this.#describe(error))
+        this.#log.set(here, { error })
         if (!swallow || this.#givenUp) throw error
       } finally {
         this.#wake()
