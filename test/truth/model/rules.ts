@@ -162,6 +162,7 @@ class Block {
     this.session = session
     this.level = level
     this.hook = hook
+    session.blocks.add(this)
   }
 }
 
@@ -170,6 +171,8 @@ class Session {
   readonly lane = new Lane()
   transaction: Transaction = { root: new Level(), opened: false }
   closed: Fault | undefined
+  /** Those whose code has not ended: that of an aborted one may go on when the session is gone. */
+  readonly blocks = new Set<Block>()
   /** It keeps its connection between its transactions (S3). */
   hold = false
   /** Hooks from outside the block that has a transaction to itself. */
@@ -556,6 +559,7 @@ export class Model implements Prediction {
     session.closed ??= refusal
     if (this.#holder === session) this.#holder = undefined
     session.lane.close(session.closed)
+    for (const block of session.blocks) block.live = false
     if (session.unit.session === session) session.unit.session = undefined
   }
 
@@ -855,6 +859,7 @@ export class Model implements Prediction {
       yield* block.lane.quiet(expiry ?? never)
     } finally {
       block.live = false
+      block.session.blocks.delete(block)
       block.lane.close(fault('BLOCK_ENDED'))
     }
   }
