@@ -50,7 +50,7 @@ export class Unit {
 
   /** Resolves when its context has settled. */
   run(): Promise<void> {
-    return this.#track(this.#run()).catch((error) => {
+    return this.#track(() => this.#run()).catch((error) => {
       this.#complain('wrong error', `the harness itself failed: ${describe(error)}`)
     })
   }
@@ -119,9 +119,10 @@ export class Unit {
     return current
   }
 
-  /** Counts what is under way; when nothing is, the unit is accounted for. */
-  #track<Result>(promise: Promise<Result>): Promise<Result> {
+  /** Counts what is under way, from before it begins; when nothing is, the unit is accounted for. */
+  #track<Result>(begin: () => Promise<Result>): Promise<Result> {
     this.#underWay++
+    const promise = begin()
     const over = () => {
       if (--this.#underWay > 0 || this.account) return
       this.account = accountOf(this.#entries)
@@ -175,12 +176,12 @@ export class Unit {
         return new Promise<void>((resolve) => later(step.later, step.ms, resolve))
       case 'callback':
         return new Promise((resolve, reject) =>
-          later(step.later, step.ms, () => this.#track(this.#perform(step.steps, frame)).then(resolve, reject)),
+          later(step.later, step.ms, () => this.#track(() => this.#perform(step.steps, frame)).then(resolve, reject)),
         )
       case 'float':
-        return void this.#float(this.#perform(step.steps, frame))
+        return void this.#float(() => this.#perform(step.steps, frame))
       case 'all':
-        return Promise.all(step.branches.map((branch) => this.#track(this.#perform(branch, frame))))
+        return Promise.all(step.branches.map((branch) => this.#track(() => this.#perform(branch, frame))))
       case 'stream':
         return this.#stream(frame, step.stop)
       case 'block':
@@ -244,7 +245,7 @@ export class Unit {
     const entry: Entry = { step: this.#steps++, part, ok: false }
     this.#entries.push(entry)
     const running = this.#execute(frame, this.#scene.place.sql.write, [this.number, entry.step, part.root.number])
-    return this.#track(
+    return this.#track(() =>
       this.#alone(frame, part, running).then((result) => {
         entry.ok = true
         this.#answered(part, result)
@@ -255,7 +256,7 @@ export class Unit {
   #read(frame: Frame, sql: string): Promise<unknown> {
     if (frame.extent.late) return this.#late(frame, 'promise').then(() => Promise.reject(new Thrown('late')))
     const part = this.#issued(frame)
-    return this.#track(
+    return this.#track(() =>
       this.#alone(frame, part, this.#execute(frame, sql)).then((result) => this.#answered(part, result)),
     )
   }
@@ -277,7 +278,7 @@ export class Unit {
     if (frame.extent.late) return
     this.#issued(frame)
     try {
-      await this.#track(this.#execute(frame, this.#scene.place.sql.fail))
+      await this.#track(() => this.#execute(frame, this.#scene.place.sql.fail))
       this.#complain('wrong error', 'a statement that fails did not')
     } catch (error) {
       this.#expected(error)
@@ -296,15 +297,15 @@ export class Unit {
     if (!this.#program?.peaceful) running.catch(() => {}) // it may be refused before anybody could answer for it
   }
 
-  #float(running: Promise<unknown>): void {
-    this.#track(running).catch((error) => this.#expected(error))
+  #float(begin: () => Promise<unknown>): void {
+    this.#track(begin).catch((error) => this.#expected(error))
   }
 
   async #stream(frame: Frame, stop = Number.POSITIVE_INFINITY): Promise<void> {
     if (frame.extent.late || frame.line.session) return
     const part = this.#issued(frame)
     this.#scene.counts.statements++
-    await this.#track(this.#readAll(part, stop))
+    await this.#track(() => this.#readAll(part, stop))
   }
 
   async #readAll(part: Part, stop: number): Promise<void> {
@@ -348,7 +349,7 @@ export class Unit {
       }
     }
     try {
-      await this.#track(
+      await this.#track(() =>
         line.session
           ? line.session.savepoint(work)
           : this.#scene.database.atomic(work, { current: mode as 'commit', ...(abort && { signal: abort.signal }) }),
@@ -387,7 +388,7 @@ export class Unit {
       if (end === 'throw') throw new Thrown('thrown')
     }
     try {
-      await this.#track(this.#scene.library.transaction(this.#scene.database.db, work))
+      await this.#track(() => this.#scene.library.transaction(this.#scene.database.db, work))
       part.tell('kept')
     } catch (error) {
       part.tell(fateBy(error))
@@ -406,7 +407,7 @@ export class Unit {
     const subject = line.session ?? database
     const acting = act === 'close' ? database.closeSession(outcome) : subject[act]()
     try {
-      await this.#track(acting)
+      await this.#track(() => acting)
       ending.tell(outcome === 'commit' ? 'kept' : 'undone')
     } catch (error) {
       ending.tell(fateBy(error))
@@ -419,14 +420,14 @@ export class Unit {
   /** What takes a connection while the unit may hold one needs leave; without it, a statement has to do. */
   async #nested(frame: Frame, awaited: boolean, run: () => Promise<void>, holds = false): Promise<void> {
     if (frame.extent.late) return
-    if (!awaited) return this.#float(run())
+    if (!awaited) return this.#float(run)
     const { tokens } = this.#scene
     const free = !holds && !frame.part && !frame.outer && this.#underWay === 1 && frame.line.current.issued === 0
     if (!free && tokens.free === 0) return void (await this.#write(frame))
     if (!free) tokens.free--
     this.#nesting++
     try {
-      await this.#track(run())
+      await this.#track(run)
     } finally {
       this.#nesting--
       if (!free) tokens.free++
@@ -481,7 +482,9 @@ export class Unit {
   #listen(frame: Frame, bound: boolean): void {
     const write = (where: Frame, unit: Unit) => {
       if (unit.#nesting === 0)
-        unit.#float(unit.#write(where).catch((error) => (error instanceof Thrown ? undefined : Promise.reject(error))))
+        unit.#float(() =>
+          unit.#write(where).catch((error) => (error instanceof Thrown ? undefined : Promise.reject(error))),
+        )
     }
     const listener = bound
       ? AsyncResource.bind(() => write(frame, this))
@@ -509,7 +512,7 @@ export class Unit {
         extent.ended.then(() => resolve(come()), resolve)
       }
     })
-    this.#float(running)
+    this.#float(() => running)
   }
 
   /** Tries something whose surroundings have ended: it must be refused before a byte is sent. */

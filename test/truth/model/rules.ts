@@ -775,6 +775,9 @@ export class Model implements Prediction {
       yield* until(() => running.ended || (!started && expiry?.up !== undefined))
       if (!running.ended) throw expiry?.up
       running.result()
+    } catch (error) {
+      yield* this.#machine.race('after') // as with a statement
+      throw error
     } finally {
       expiry?.stop()
     }
