@@ -46,10 +46,18 @@ export class Machine {
    */
   *race(likely: 'before' | 'after'): Course {
     for (let count = 0; count < 2 && this.#others(); count++) {
-      const against = this.#choices[this.#asked++] ?? false
-      if (against === (likely === 'before' && count === 0)) return
+      if (this.#unlikely() === (likely === 'before' && count === 0)) return
       yield { over: () => true, rank: later }
     }
+  }
+
+  /** May be done before the others come to rest. */
+  get early(): boolean {
+    return this.#others() && this.#unlikely()
+  }
+
+  #unlikely(): boolean {
+    return this.#choices[this.#asked++] ?? false
   }
 
   /** `wait` comes behind all others. */

@@ -708,7 +708,7 @@ export class Model implements Prediction {
       const scope: Scope = { parent, unit: parent.unit, block }
       const place = { scope, beside: at.beside, limits: at.limits }
       ran.push(path)
-      yield* this.#inBlock(block, () => this.#body(body, `${path}!`, place))
+      yield* this.#inBlock(block, () => this.#body(body, `${path}!`, place), place.limits)
       if (root.failure || root.refusal) break
     }
     return due.length > 0
@@ -764,7 +764,7 @@ export class Model implements Prediction {
       turn.inner = block.lane
       const scope: Scope = { parent: at.scope, unit: at.scope.unit, block }
       const place = { scope, beside: at.beside, limits: expiry ? [...at.limits, expiry] : at.limits }
-      return this.#inBlock(block, () => this.#body(body, path, place), expiry)
+      return this.#inBlock(block, () => this.#body(body, path, place), place.limits, expiry)
     }
     const run = () => {
       started = true
@@ -856,10 +856,12 @@ export class Model implements Prediction {
   }
 
   /** Joins its statements and inner blocks, then refuses what comes later (A6). */
-  *#inBlock(block: Block, work: () => Course, expiry?: Expiry): Course {
+  *#inBlock(block: Block, work: () => Course, around: readonly Expiry[], expiry?: Expiry): Course {
     try {
       yield* this.#raced(expiry, work)
-      yield* block.lane.quiet(expiry ?? never)
+      const abandoned = around.some(({ up }) => up !== undefined) // and what is around it ends beside it
+      if (abandoned && !block.lane.busy && this.#machine.early) yield* this.#machine.race('after')
+      else yield* block.lane.quiet(expiry ?? never)
     } finally {
       block.live = false
       block.session.blocks.delete(block)
