@@ -51,9 +51,9 @@ export class Machine {
     }
   }
 
-  /** May be done before the others come to rest. */
+  /** Whether not to wait until the others have come to rest. */
   get early(): boolean {
-    return this.#others() && this.#unlikely()
+    return this.#waiting.some(({ wait }) => wait.over()) && this.#unlikely()
   }
 
   #unlikely(): boolean {

@@ -99,9 +99,11 @@ class Lane {
   }
 
   /** Awaits what is under way and what follows from it; a failure in it is part of the outcome (C4, C5, A6). */
-  *quiet(given: Given): Course {
+  *quiet(given: Given, machine: Machine): Course {
     this.#joining = true
-    yield* untilQuiet(() => !this.busy || given.up !== undefined)
+    const early = !this.busy && !given.up && machine.early
+    if (early) yield* machine.race('after')
+    if (!early || this.busy) yield* untilQuiet(() => !this.busy || given.up !== undefined)
     this.#joining = false
     if (given.up) throw given.up
     const failure = this.#failure
@@ -539,7 +541,7 @@ export class Model implements Prediction {
   *#joinUnit(unit: Unit): Course {
     const unawaited = unit.unawaited === 'error' && unit.session?.lane.busy
     do {
-      if (unit.session) yield* unit.session.lane.quiet(unit.expiry ?? never)
+      if (unit.session) yield* unit.session.lane.quiet(unit.expiry ?? never, this.#machine)
     } while (unit.session?.lane.busy)
     if (unawaited) throw fault('UNAWAITED_WORK')
   }
@@ -708,7 +710,7 @@ export class Model implements Prediction {
       const scope: Scope = { parent, unit: parent.unit, block }
       const place = { scope, beside: at.beside, limits: at.limits }
       ran.push(path)
-      yield* this.#inBlock(block, () => this.#body(body, `${path}!`, place), place.limits)
+      yield* this.#inBlock(block, () => this.#body(body, `${path}!`, place))
       if (root.failure || root.refusal) break
     }
     return due.length > 0
@@ -764,7 +766,7 @@ export class Model implements Prediction {
       turn.inner = block.lane
       const scope: Scope = { parent: at.scope, unit: at.scope.unit, block }
       const place = { scope, beside: at.beside, limits: expiry ? [...at.limits, expiry] : at.limits }
-      return this.#inBlock(block, () => this.#body(body, path, place), place.limits, expiry)
+      return this.#inBlock(block, () => this.#body(body, path, place), expiry)
     }
     const run = () => {
       started = true
@@ -856,12 +858,10 @@ export class Model implements Prediction {
   }
 
   /** Joins its statements and inner blocks, then refuses what comes later (A6). */
-  *#inBlock(block: Block, work: () => Course, around: readonly Expiry[], expiry?: Expiry): Course {
+  *#inBlock(block: Block, work: () => Course, expiry?: Expiry): Course {
     try {
       yield* this.#raced(expiry, work)
-      const abandoned = around.some(({ up }) => up !== undefined) // and what is around it ends beside it
-      if (abandoned && !block.lane.busy && this.#machine.early) yield* this.#machine.race('after')
-      else yield* block.lane.quiet(expiry ?? never)
+      yield* block.lane.quiet(expiry ?? never, this.#machine)
     } finally {
       block.live = false
       block.session.blocks.delete(block)
