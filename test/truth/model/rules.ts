@@ -542,6 +542,7 @@ export class Model implements Prediction {
     const unawaited = unit.unawaited === 'error' && unit.session?.lane.busy
     do {
       if (unit.session) yield* unit.session.lane.quiet(unit.expiry ?? never, this.#machine)
+      else yield* this.#machine.race('after')
     } while (unit.session?.lane.busy)
     if (unawaited) throw fault('UNAWAITED_WORK')
   }
@@ -766,16 +767,32 @@ export class Model implements Prediction {
       turn.inner = block.lane
       const scope: Scope = { parent: at.scope, unit: at.scope.unit, block }
       const place = { scope, beside: at.beside, limits: expiry ? [...at.limits, expiry] : at.limits }
-      return this.#inBlock(block, () => this.#body(body, path, place), expiry)
+      return this.#inBlock(block, work(place), expiry)
     }
-    const run = () => {
+    let rolledBack: Fault | undefined
+    const work = (place: Place) =>
+      function* (this: Model): Course {
+        try {
+          yield* this.#body(body, path, place)
+        } catch (error) {
+          if (mode === 'native') rolledBack = error as Fault
+          throw error
+        }
+      }.bind(this)
+    /** That a native transaction is rolled back is no failure: its library tells whoever began it why. */
+    const run = function* (this: Model): Course {
       started = true
-      return this.#takeTurn(session, at, enclosing, mode, expiry, attempt)
-    }
+      try {
+        yield* this.#takeTurn(session, at, enclosing, mode, expiry, attempt)
+      } catch (error) {
+        if (error !== rolledBack) throw error
+      }
+    }.bind(this)
     try {
       const running = this.#machine.start(this.#inTurn(session, lane, turn, run))
       yield* until(() => running.ended || (!started && expiry?.up !== undefined))
       if (!running.ended) throw expiry?.up
+      if (rolledBack) throw rolledBack
       running.result()
     } catch (error) {
       yield* this.#machine.race('after') // as with a statement
