@@ -41,13 +41,15 @@ export class Machine {
   }
 
   /**
-   * Takes time, much or little: whoever else can go on may do so before or after it, one or several of them. `likely` is what is
-   * taken unless the choice is against it.
+   * Takes time, much or little: whoever else can go on may do so before or after it, one, two or all of them until they come to rest.
+   * `likely` is what is taken unless the choice is against it.
    */
   *race(likely: 'before' | 'after'): Course {
-    for (let count = 0; count < 2 && this.#others(); count++) {
-      if (this.#unlikely() === (likely === 'before' && count === 0)) return
-      yield { over: () => true, rank: later }
+    let usual = likely === 'before'
+    for (const rank of [later, later, whenQuiet]) {
+      if (!this.#others() || this.#unlikely() === usual) return
+      usual = false
+      yield { over: () => true, rank }
     }
   }
 

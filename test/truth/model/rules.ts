@@ -351,6 +351,7 @@ export class Model implements Prediction {
         this.log.set(here, 'ok')
       } catch (error) {
         if (!(error instanceof Fault)) throw error
+        yield* this.#machine.race('after') // the lane is told at once, the caller a moment later
         this.log.set(here, error.says)
         if (!swallow) throw error
       }
@@ -590,26 +591,21 @@ export class Model implements Prediction {
     this.#assertAccepts(session, at)
     const race = (likely: 'before' | 'after') => this.#machine.race(likely)
     const open = () => this.#open(session, at)
-    try {
-      yield* (block?.lane ?? session.lane).run({}, function* () {
-        const level = block?.level ?? session.transaction.root
-        yield* race('after')
+    yield* (block?.lane ?? session.lane).run({}, function* () {
+      const level = block?.level ?? session.transaction.root
+      yield* race('after')
+      assertUsable(level)
+      if (!session.transaction.opened) {
+        yield* open()
+        yield* race('before')
         assertUsable(level)
-        if (!session.transaction.opened) {
-          yield* open()
-          yield* race('before')
-          assertUsable(level)
-        }
-        try {
-          act(level)
-        } finally {
-          yield* race('before')
-        }
-      })
-    } catch (error) {
-      yield* race('after') // the lane is told at once, the caller a moment later
-      throw error
-    }
+      }
+      try {
+        act(level)
+      } finally {
+        yield* race('before')
+      }
+    })
   }
 
   /** BEGIN, which waits for the only connection, unless the unit that waits is inside the one that holds it (S2, S11). */
@@ -679,6 +675,7 @@ export class Model implements Prediction {
     yield* this.#machine.race('after')
     if (outcome === 'rollback') yield* this.#rollBack(session, transaction)
     else yield* this.#commit(session, transaction, at)
+    yield* this.#machine.race('after')
     this.#closeSession(session, fault('SESSION_CLOSED'))
   }
 
@@ -794,9 +791,6 @@ export class Model implements Prediction {
       if (!running.ended) throw expiry?.up
       if (rolledBack) throw rolledBack
       running.result()
-    } catch (error) {
-      yield* this.#machine.race('after') // as with a statement
-      throw error
     } finally {
       expiry?.stop()
     }
