@@ -248,7 +248,7 @@ async function withSavepoint<Connection, Result>(
   const refusal = () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: name })
   try {
     const result = await attempt(level)
-    await transaction.releaseLevel(level)
+    await transaction.releaseLevel(level, refusal)
     return result
   } catch (error) {
     level.refusal ??= refusal

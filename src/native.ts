@@ -93,8 +93,9 @@ export class NativeTransaction<Connection> implements NativeBlock {
   ): Promise<void> {
     const { session } = this
     const owns = base === transaction.root
+    const refusal = () => session.blockEnded(block)
     const undo = async () => {
-      base.refusal ??= () => session.blockEnded(block)
+      base.refusal ??= refusal
       if (!owns) await transaction.rollbackLevel(base)
       else if (session.transaction === transaction) await session.ending.rollback(transaction)
     }
@@ -104,13 +105,13 @@ export class NativeTransaction<Connection> implements NativeBlock {
       mergeLevels(block.level, base)
       if (outcome === 'rollback') await undo()
       else if (owns) await session.ending.commit(transaction)
-      else await transaction.releaseLevel(base)
+      else await transaction.releaseLevel(base, refusal)
     } catch (error) {
       await block.end()
       await undo()
       throw error
     }
-    base.refusal ??= () => session.blockEnded(block)
+    base.refusal ??= refusal
   }
 
   async commit(): Promise<void> {
@@ -159,7 +160,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
       this.#savepoints.length = index
       mergeLevels(block.level, level)
       block.level = level.parent as Level // a named savepoint has one
-      await this.session.transaction.releaseLevel(level)
+      await this.session.transaction.releaseLevel(level, () => this.session.blockEnded(block))
     })
   }
 

@@ -496,10 +496,11 @@ export class Transaction<Connection> {
     return true
   }
 
-  /** Keeps the work of a savepoint, or undoes it and throws if it cannot be kept. */
-  async releaseLevel(level: Level): Promise<void> {
+  /** Keeps the work of a savepoint, or undoes it and throws if it cannot be kept; late code is refused with `refusal`. */
+  async releaseLevel(level: Level, refusal: () => AmbientError): Promise<void> {
     const failure = level.failure
     if (failure) {
+      level.refusal ??= refusal // a block inside that was cut off undoes nothing beside it
       await this.rollbackLevel(level)
       throw this.#aborted(failure)
     }

@@ -950,6 +950,28 @@ describe('the end of a block', () => {
     })
   })
 
+  it('A6 lets an inner block that was cut off undo nothing beside the savepoint around it, which cannot be kept', async () => {
+    for (let ticks = 0; ticks < 40; ticks++) {
+      await subject.clear()
+      await newContext(async () => {
+        await note('a')
+        const work = async () => {
+          const giveUp = new AbortController()
+          const inner = async () => {
+            await note('undone')
+            giveUp.abort()
+            for (let tick = 0; tick < ticks; tick++) await undefined
+          }
+          const joining = main.atomic(() => main.atomic(inner), { current: 'join', signal: giveUp.signal })
+          await expect(joining).rejects.toMatchObject({ code: 'AMBIENT_ABORTED' })
+        }
+        await expect(main.atomic(work, { current: 'savepoint' })).rejects.toMatchObject(aborted)
+        await note('b')
+      })
+      expect(await notes()).toEqual(['a', 'b'])
+    }
+  })
+
   it('A6 refuses late statements of its scope also when the session that it was in was closed meanwhile', async () => {
     await newContext(async () => {
       const late = gate()
