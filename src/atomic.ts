@@ -267,6 +267,7 @@ async function owning<Connection, Result>(
   attempt: (level: Level) => Promise<Result>,
   abortion: Abortion | undefined,
 ): Promise<Result> {
+  let rolledBack = true // each attempt so far, as the server said
   for (let count = 1; ; count++) {
     const transaction = session.transaction
     const resetHooks = session.ending.rememberHooks()
@@ -280,7 +281,8 @@ async function owning<Connection, Result>(
     } catch (error) {
       const again = count < attempts && isRetryable(session, error)
       const open = unsettled || session.transaction === transaction
-      if (open) stateOutcome(error, await session.ending.rollback(transaction, error))
+      if (open && !(await session.ending.rollback(transaction, error))) rolledBack = false
+      if (open) stateOutcome(error, rolledBack)
       if (!again) throw error
       resetHooks()
     }

@@ -121,6 +121,25 @@ describe('C8 says rolled-back only of what the server has said it of', () => {
     expect([error.code, error.outcome]).toEqual(['AMBIENT_ABORTED', undefined])
   })
 
+  it('A5 not by a block of which an attempt was rolled back without an answer', async () => {
+    const main = wire.define()
+    let attempts = 0
+    const error = await failure(
+      newContext(() =>
+        main.atomic(
+          async () => {
+            if (++attempts === 2) return main.commit()
+            await main.db.query('insert into t values (1)')
+            wire.proxy.at('> Q ROLLBACK', 'reset')
+            await main.db.query("do $$ begin raise sqlstate '40001'; end $$")
+          },
+          { retry: { attempts: 2 } },
+        ),
+      ),
+    )
+    expect([attempts, error.code, error.outcome]).toEqual([2, 'AMBIENT_ATOMIC_NESTING', undefined])
+  })
+
   it('C8 not by a unit that the error of another one passes', async () => {
     const main = wire.define()
     const controller = new AbortController()

@@ -44,7 +44,7 @@ try {
 await writeFile(String(values.json), `${JSON.stringify(reports, null, 2)}\n`)
 if (chosen.length > 1) printSummary()
 if (values.record) await record()
-if (!Object.values(reports).every(holds)) process.exitCode = 1
+process.exit(Object.values(reports).every(holds) ? 0 : 1) // whatever a fault left open
 
 function runHere(harness: Harness): Promise<Report> {
   return harness.run({

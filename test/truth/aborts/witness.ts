@@ -9,7 +9,10 @@ const itsBusiness = `^commit$|isolation level ${borrowing.transaction.isolationL
 /** The databases of the lab, and what looks at them from outside. */
 export interface Witness {
   readonly place: Place
-  /** What connections of a run are in a transaction, at work, or hold locks, without those of the next borrowers. */
+  /**
+   * What connections of a run are in a transaction, at work, or hold locks, without those of the next borrowers, and of a second
+   * database that waits for the COMMIT of the first, behind which no abort counts (C8).
+   */
   busy(run: string): Promise<Finding[]>
   /** A lock that somebody else has: for a moment, or until it is released if the unit was `aborted` meanwhile. */
   lockFor(key: number, aborted: () => boolean): Lock
@@ -42,7 +45,9 @@ export async function openWitness(serverUrl: string): Promise<Witness> {
            from pg_stat_activity a
           where application_name in ($1, $2) and state <> 'starting' and query !~* $3
             and not exists (select from locks where pid = a.pid and locktype = 'advisory' and classid = $4)
-            and (xact_start is not null or state <> 'idle' or exists (select from locks where pid = a.pid))`,
+            and (xact_start is not null or state <> 'idle' or exists (select from locks where pid = a.pid))
+            and not (application_name = $2 and state = 'idle in transaction' and exists (
+              select from pg_stat_activity where application_name = $1 and state = 'active' and query ~* '^commit$'))`,
         [`${run}-main`, `${run}-other`, itsBusiness, borrowing.lock],
       )
       return rows.map(({ state, query, locks }): Finding => {
