@@ -405,6 +405,7 @@ export class Model implements Prediction {
       case 'expire': {
         const { limits } = at
         limits[limits.length - 1 - (act.outward % limits.length)]?.fire()
+        yield* this.#machine.race('after') // whom it ends hears of it when it may
       }
     }
   }
@@ -516,6 +517,7 @@ export class Model implements Prediction {
       failure = error
     }
     if (unit.session) {
+      if (unit.session.due.length > 0) yield* this.#machine.race('after') // whose COMMIT it was may take them
       unit.due.push(...unit.session.takeDue())
       this.#closeSession(unit.session, unit.ended)
     }
