@@ -57,7 +57,10 @@ export async function openFront(framework: Framework): Promise<Front> {
       const id = String(++count)
       jobs.set(id, job)
       const outgoing = request({ port, host: '127.0.0.1', agent: new Agent(), headers: { 'x-job': id } })
-      const closed = new Promise<void>((resolve) => outgoing.once('close', resolve))
+      const closed = new Promise<void>((resolve) => {
+        outgoing.once('close', resolve)
+        outgoing.once('socket', (socket) => socket.once('close', resolve)) // all there is if it is reset amid the answer
+      })
       const answered = new Promise<number | undefined>((resolve) => {
         outgoing.once('response', (incoming) => {
           incoming.resume()
@@ -65,6 +68,7 @@ export async function openFront(framework: Framework): Promise<Front> {
           resolve(incoming.statusCode)
         })
         outgoing.once('error', () => resolve(undefined))
+        void closed.then(() => resolve(undefined))
       })
       const over = closed.then(async () => {
         const response = begun.get(id)
