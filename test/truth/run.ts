@@ -38,6 +38,9 @@ try {
     reports[harness.name] = report
     if (chosen.length === 1) printReport(report)
   }
+} catch (error) {
+  console.error(error) // a harness that counts what is uncaught would count this
+  process.exit(1)
 } finally {
   await server.stop()
 }

@@ -131,11 +131,14 @@ async function perform(subject: Case, server: Server, run: string, uncaught: str
   const stage = await Stage.open({ library, place, run, random, makePool, size, timeouts, wire, sabotage, recovery })
   const violate = stage.violate.bind(stage)
   try {
-    const running = scenario.run(stage)
-    running.catch(() => {}) // it fails when it is given up
+    let givenUp = false
+    const running = scenario.run(stage).catch((error) => {
+      if (!givenUp) violate('wrong error', `the scenario failed: ${describe(error)}`)
+    })
     const hangs = !(await settlesWithin(running, hang))
     if (hangs) {
       violate('hang', `the scenario did not end within ${hang} ms`)
+      givenUp = true
       stage.giveUp()
     }
     if (!(await settlesWithin(stage.settled(), hang))) violate('hang', `not everything settled within ${hang} ms`)

@@ -222,7 +222,7 @@ const shutDown: Scenario = {
       }),
     )
     await sleep(20) // all of them wait for a connection
-    const shutdown = stage.shutdown()
+    const shutdown = stage.shutdown().catch((error) => stage.violate('wrong error', `shutdown(): ${error}`))
     idle.open()
     const refused = [...(await withoutSession), ...(await many(5, () => stage.unit((label) => stage.write(label))))]
     for (const { label, error } of refused) stage.expectError(label, error, 'AMBIENT_SHUT_DOWN')
