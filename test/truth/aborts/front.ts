@@ -59,7 +59,7 @@ export async function openFront(framework: Framework): Promise<Front> {
       const outgoing = request({ port, host: '127.0.0.1', agent: new Agent(), headers: { 'x-job': id } })
       const closed = new Promise<void>((resolve) => {
         outgoing.once('close', resolve)
-        outgoing.once('socket', (socket) => socket.once('close', resolve)) // all there is if it is reset amid the answer
+        outgoing.once('socket', (socket) => socket.once('close', resolve).once('error', resolve)) // of a reset amid the answer
       })
       const answered = new Promise<number | undefined>((resolve) => {
         outgoing.once('response', (incoming) => {
