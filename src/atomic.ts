@@ -251,8 +251,7 @@ async function withSavepoint<Connection, Result>(
     await transaction.releaseLevel(level, refusal)
     return result
   } catch (error) {
-    level.refusal ??= refusal
-    await transaction.rollbackLevel(level)
+    await transaction.rollbackLevel(level, refusal)
     throw error
   } finally {
     level.refusal ??= refusal
@@ -281,8 +280,10 @@ async function owning<Connection, Result>(
     } catch (error) {
       const again = count < attempts && isRetryable(session, error)
       const open = unsettled || session.transaction === transaction
-      if (open && !(await session.ending.rollback(transaction, error))) rolledBack = false
-      if (open) stateOutcome(error, rolledBack)
+      if (open) {
+        rolledBack = (await session.ending.rollback(transaction, error)) && rolledBack
+        stateOutcome(error, rolledBack)
+      }
       if (!again) throw error
       resetHooks()
     }

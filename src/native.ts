@@ -96,7 +96,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
     const refusal = () => session.blockEnded(block)
     const undo = async () => {
       base.refusal ??= refusal
-      if (!owns) await transaction.rollbackLevel(base)
+      if (!owns) await transaction.rollbackLevel(base, refusal)
       else if (session.transaction === transaction) await session.ending.rollback(transaction)
     }
     try {
@@ -148,7 +148,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
       const index = this.#indexOf(name)
       const { level } = this.#savepoints[index] as { level: Level } // indexOf has found it
       this.#savepoints.length = index + 1
-      await this.session.transaction.rollbackLevel(level, true)
+      await this.session.transaction.rollbackLevel(level)
       block.level = level
     })
   }

@@ -500,8 +500,7 @@ export class Transaction<Connection> {
   async releaseLevel(level: Level, refusal: () => AmbientError): Promise<void> {
     const failure = level.failure
     if (failure) {
-      level.refusal ??= refusal // a block inside that was cut off undoes nothing beside it
-      await this.rollbackLevel(level)
+      await this.rollbackLevel(level, refusal)
       throw this.#aborted(failure)
     }
     this.assertUsable(level)
@@ -520,8 +519,12 @@ export class Transaction<Connection> {
     moveHooks(level.hooks, parent.hooks)
   }
 
-  /** Undoes the work of a savepoint. If the server does not say so, the whole transaction can only be rolled back. */
-  async rollbackLevel(level: Level, keep = false): Promise<void> {
+  /**
+   * Undoes the work of a savepoint, and ends it for good if late code is to be refused with `refusal`. If the server does not say so,
+   * the whole transaction can only be rolled back.
+   */
+  async rollbackLevel(level: Level, refusal?: () => AmbientError): Promise<void> {
+    level.refusal ??= refusal // first, so that a block inside that was cut off undoes nothing beside it
     await this.stop(false) // a block inside that was cut off may be at its end
     const step = async (act: (lease: Lease<Connection>) => Promise<unknown>) => {
       const lease = this.#lease
@@ -532,14 +535,14 @@ export class Transaction<Connection> {
     }
     try {
       await step(({ adapter, connection }) => adapter.rollbackTo(connection, level.name))
-      if (!keep) await step(({ adapter, connection }) => adapter.releaseSavepoint(connection, level.name))
+      if (refusal) await step(({ adapter, connection }) => adapter.releaseSavepoint(connection, level.name))
     } catch (error) {
       this.root.failure ??= { what: 'Rolling back to a savepoint failed.', cause: error }
       const lease = this.#lease
       if (lease?.adapter.traits(error).reply === 'unanswered') lease.lose(asError(error)) // no ROLLBACK would overtake it
     }
     level.failure = undefined
-    if (!keep) level.opened = false
+    if (refusal) level.opened = false
     dropHooks(level.hooks)
   }
 
