@@ -187,6 +187,27 @@ describe('contexts inside contexts', () => {
     expect(await ids()).toEqual([2])
   })
 
+  it('H8 settles each call of a batch by its own result, whatever becomes of the request around them', async () => {
+    const began = [gate(), gate(), gate()]
+    const failure = new Error('the second call')
+    const call = (index: number) =>
+      newContext(async () => {
+        await insert(index)
+        began[index]!.open()
+        await Promise.all(began.map(({ passed }) => passed))
+        if (index === 1) throw failure
+      })
+    const request = newContext(async () => {
+      await insert(3)
+      const ends = await Promise.allSettled([call(0), call(1), call(2)])
+      expect(ends.map((end) => (end.status === 'rejected' ? end.reason : 'kept'))).toEqual(['kept', failure, 'kept'])
+      expect(await ids()).toEqual([0, 2])
+      throw new Error('the request')
+    })
+    await expect(request).rejects.toThrow('the request')
+    expect(await ids()).toEqual([0, 2])
+  })
+
   it('refuses late work of an inner context rather than giving it the session of the outer one', async () => {
     const ended = gate()
     await newContext(async () => {
