@@ -41,9 +41,8 @@ try {
 } catch (error) {
   console.error(error) // a harness that counts what is uncaught would count this
   process.exit(1)
-} finally {
-  await server.stop()
 }
+await server.stop()
 await writeFile(String(values.json), `${JSON.stringify(reports, null, 2)}\n`)
 if (chosen.length > 1) printSummary()
 if (values.record) await record()

@@ -67,7 +67,7 @@ export async function openFront(framework: Framework): Promise<Front> {
           incoming.once('error', () => {})
           resolve(incoming.statusCode)
         })
-        outgoing.once('error', () => resolve(undefined))
+        outgoing.once('error', () => {})
         void closed.then(() => resolve(undefined))
       })
       const over = closed.then(async () => {

@@ -215,10 +215,8 @@ async function setStage(serverUrl: string): Promise<Stage> {
   }
   const { name, url } = databases.main
   const proxy = await startProxy(url, { record: false })
-  const pool = (database: DatabaseName) => {
-    const made = new Pool({ connectionString: databases[database].url, max: 26 })
-    return made.on('error', () => {}) // its end does not wait for its clients, and with the database the last of them is ended
-  }
+  const pool = (database: DatabaseName) =>
+    new Pool({ connectionString: databases[database].url, max: 26 }).on('error', () => {}) // it says that it has ended before its clients have
   const witnesses = { main: pool('main'), other: pool('other') }
   const other = new URL(proxy.url)
   other.pathname = `/${databases.other.name}`

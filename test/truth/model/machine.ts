@@ -54,7 +54,7 @@ export class Machine {
   }
 
   /** Whether not to wait until the others have come to rest. */
-  get early(): boolean {
+  early(): boolean {
     return this.#waiting.some(({ wait }) => wait.over()) && this.#unlikely()
   }
 

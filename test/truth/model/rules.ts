@@ -86,7 +86,8 @@ class Lane {
     try {
       return yield* work()
     } catch (error) {
-      throw this.#failed(error as Fault)
+      if (error !== turn.rolledBack) this.#failed(error as Fault)
+      throw error
     } finally {
       this.#current = this.#waiting.shift()
       if (this.#current) yield* until(() => true) // whose turn it is begins before anything comes of the end of the last
@@ -101,7 +102,7 @@ class Lane {
   /** Awaits what is under way and what follows from it; a failure in it is part of the outcome (C4, C5, A6). */
   *quiet(given: Given, machine: Machine): Course {
     this.#joining = true
-    const early = !this.busy && !given.up && machine.early
+    const early = !this.busy && !given.up && machine.early()
     if (early) yield* machine.race('after')
     if (!early || this.busy) yield* untilQuiet(() => !this.busy || given.up !== undefined)
     this.#joining = false
@@ -121,6 +122,8 @@ class Lane {
 interface Turn {
   refusal?: Fault
   inner?: Lane
+  /** Because of which a native transaction is rolled back: no failure, its library tells whoever began it. */
+  rolledBack?: Fault
 }
 
 /** Whether something was given up, and with what: the signal or deadline of a unit or block (C8). */
@@ -766,35 +769,29 @@ export class Model implements Prediction {
       turn.inner = block.lane
       const scope: Scope = { parent: at.scope, unit: at.scope.unit, block }
       const place = { scope, beside: at.beside, limits: expiry ? [...at.limits, expiry] : at.limits }
-      return this.#inBlock(block, work(place), expiry)
+      const work = () => this.#body(body, path, place)
+      return this.#inBlock(block, () => (mode === 'native' ? this.#native(turn, work) : work()), expiry)
     }
-    let rolledBack: Fault | undefined
-    const work = (place: Place) =>
-      function* (this: Model): Course {
-        try {
-          yield* this.#body(body, path, place)
-        } catch (error) {
-          if (mode === 'native') rolledBack = error as Fault
-          throw error
-        }
-      }.bind(this)
-    /** That a native transaction is rolled back is no failure: its library tells whoever began it why. */
-    const run = function* (this: Model): Course {
+    const run = () => {
       started = true
-      try {
-        yield* this.#takeTurn(session, at, enclosing, mode, expiry, attempt)
-      } catch (error) {
-        if (error !== rolledBack) throw error
-      }
-    }.bind(this)
+      return this.#takeTurn(session, at, enclosing, mode, expiry, attempt)
+    }
     try {
       const running = this.#machine.start(this.#inTurn(session, lane, turn, run))
       yield* until(() => running.ended || (!started && expiry?.up !== undefined))
       if (!running.ended) throw expiry?.up
-      if (rolledBack) throw rolledBack
       running.result()
     } finally {
       expiry?.stop()
+    }
+  }
+
+  *#native(turn: Turn, work: () => Course): Course {
+    try {
+      yield* work()
+    } catch (error) {
+      turn.rolledBack = error as Fault
+      throw error
     }
   }
 

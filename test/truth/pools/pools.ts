@@ -139,13 +139,12 @@ async function plant(lab: Lab, subject: Subject, fault: Fault, seed: number): Pr
   if (!scenario) throw new Error(`There is no scenario '${fault.scenario}'.`)
   const { sabotage, shows } = fault
   const bounds = { hang: shows === 'hang' ? 4000 : 20_000, recovery: 1500 }
-  let runs = 0
-  for (let caught = 0; ; ) {
-    const run: Case = { subject, scenario, seed: seed + runs++, sabotage, bounds }
+  for (let runs = 1; ; runs++) {
+    const run: Case = { subject, scenario, seed: seed + runs - 1, sabotage, bounds }
     const { violations } = await lab.run(run)
-    if (violations.some(({ kind }) => kind === shows)) caught = 1
-    if (caught || runs === 3) return { fault: fault.name, subject: subject.library.name, runs, caught, seenAs: shows }
+    const caught = violations.some(({ kind }) => kind === shows) ? 1 : 0
     const found = violations.map(({ kind, text }) => `${kind}: ${text}`).join('; ')
-    console.log(`missed: ${fault.name}, ${idOf(run)}: ${found}`)
+    if (!caught) console.log(`missed: ${fault.name}, ${idOf(run)}: ${found}`)
+    if (caught || runs === 3) return { fault: fault.name, subject: subject.library.name, runs, caught, seenAs: shows }
   }
 }
