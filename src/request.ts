@@ -1,7 +1,9 @@
+import { type ServerResponse, STATUS_CODES } from 'node:http'
+import type { Http2ServerResponse } from 'node:http2'
 import type { TransactionOptions } from './adapter.ts'
 import { assertOutcome, Context, currentContext, detach, type InternalContextOptions, type Scope } from './context.ts'
 import type { NodeRequest, NodeResponse } from './response.ts'
-import { guardOf, ResponseGuard } from './response-guard.ts'
+import { type Answering, guardOf, ResponseGuard } from './response-guard.ts'
 
 /** What every middleware takes. */
 export interface DatabaseContextOptions<Request> {
@@ -17,33 +19,37 @@ export interface DatabaseContextOptions<Request> {
   readonly unawaited?: 'join' | 'error' | undefined
 }
 
+/** A request that a framework on Node's own `http` or `http2` serves. */
+export interface ServedRequest<Request>
+  extends Pick<Answering, 'onFailure'>,
+    Partial<Pick<Answering, 'givenUpHeadersSent'>> {
+  /** As the options of the middleware get it. */
+  readonly request: Request
+  /** Node's own. What stands in for them in tests, and what `http2` has, differ in what the guard does not touch. */
+  readonly node: { readonly request: object; readonly response: object }
+  readonly options: DatabaseContextOptions<Request>
+}
+
 /**
  * Runs `proceed` in a context of the request's own, which is settled by the status before the first byte of the answer leaves.
  * On a response that has such a context already it does nothing more (C3).
- *
- * @param onFailure answers an error instead of the handler: what the commit failed with, or what {@link failRequest} was given.
  */
-export function serveRequest<Request extends object, Result>(
-  request: Request,
-  response: object,
-  options: DatabaseContextOptions<Request>,
-  onFailure: (error: unknown) => void,
-  proceed: () => Result,
-): Result {
-  if (guardOf(response)) return proceed()
+export function serveRequest<Request, Result>(served: ServedRequest<Request>, proceed: () => Result): Result {
+  const { request, node, options } = served
+  if (guardOf(node.response)) return proceed()
   const current = currentContext()
   if (current?.options.adoptable && current.state === 'open') return proceed()
   if (options.skip?.(request)) return detach(proceed)
   const context = new Context(contextOptions(request, options), outermost)
-  // http, http2 and what stands in for them in tests have in common what the guard touches; their overloads differ.
-  new ResponseGuard(context, request as NodeRequest, response as NodeResponse, {
+  new ResponseGuard(context, node.request as NodeRequest, node.response as NodeResponse, {
     outcome: (status) => outcomeOf(status, request, options),
-    onFailure,
+    onFailure: served.onFailure,
+    givenUpHeadersSent: served.givenUpHeadersSent ?? false,
   })
   return context.run(proceed)
 }
 
-/** Ends a request whose handler threw: rolled back, and answered by the `onFailure` of {@link serveRequest}; false without a context. */
+/** Ends a request whose handler threw: rolled back, and answered by its `onFailure`; false without a context. */
 export function failRequest(response: object, error: unknown): boolean {
   const guard = guardOf(response)
   guard?.reject(error)
@@ -74,4 +80,26 @@ function contextOptions<Request>(request: Request, options: DatabaseContextOptio
 /** A context that the server happened to inherit is not the request's (C3). */
 function outermost(context: Context): Scope {
   return { parent: undefined, context }
+}
+
+/** Answers an error by its status as plain text, with a process warning for 500 and above; what is under way stays as it is. */
+export function answerPlainly(error: unknown, _request: unknown, response: ServerResponse | Http2ServerResponse): void {
+  const status = statusOf(error)
+  if (status >= 500) warn(error)
+  if (response.headersSent) return
+  response.statusCode = status
+  response.setHeader('Content-Type', 'text/plain; charset=utf-8')
+  response.end(STATUS_CODES[status] ?? 'Error')
+}
+
+/** The status that an error asks for, or 500. */
+export function statusOf(error: unknown): number {
+  const { statusCode } = Object(error) as { statusCode?: unknown }
+  return typeof statusCode === 'number' && statusCode >= 400 && statusCode < 600 ? statusCode : 500
+}
+
+/** Tells whoever runs the process of a request that failed. */
+export function warn(error: unknown): void {
+  const text = error instanceof Error ? (error.stack ?? error.message) : String(error)
+  process.emitWarning(`A request failed: ${text}`, 'AmbientRequestWarning')
 }

@@ -30,6 +30,11 @@ export interface Answering {
   outcome(status: number): 'commit' | 'rollback'
   /** Answers `error` instead; nothing of the first answer is left. Called outside any context; must not throw. */
   onFailure(error: unknown): void
+  /**
+   * What code whose answer was given up is told of `headersSent`. By `true` Express would destroy the socket of the other answer;
+   * by `false` Fastify would answer once more.
+   */
+  readonly givenUpHeadersSent: boolean
 }
 
 /** The guard of `response`, if it has one. */
@@ -173,7 +178,7 @@ export class ResponseGuard implements Interceptor {
   }
 
   get headersSent(): boolean {
-    if (this.#failure && this.#isInside()) return false
+    if (this.#failure && this.#isInside()) return this.#answering.givenUpHeadersSent
     return this.#state === 'passing' ? this.#native('headersSent') : this.#begun
   }
 

@@ -40,7 +40,7 @@ export function databaseContext<
   }
   return function databaseContextMiddleware(request, response, next) {
     // Express keeps the `next` of the router that is at work on the request: the one from here would skip its error handlers.
-    const fail = (error: unknown) => ((request as { next?: typeof next }).next ?? next)(error)
-    serveRequest(request, response, options, fail, () => next())
+    const onFailure = (error: unknown) => ((request as { next?: typeof next }).next ?? next)(error)
+    serveRequest({ request, node: { request, response }, options, onFailure }, () => next())
   }
 }

@@ -1,6 +1,6 @@
-import { type IncomingMessage, type ServerResponse, STATUS_CODES } from 'node:http'
+import type { IncomingMessage, ServerResponse } from 'node:http'
 import type { Http2ServerRequest, Http2ServerResponse } from 'node:http2'
-import { type DatabaseContextOptions, failRequest, serveRequest } from '../request.ts'
+import { answerPlainly, type DatabaseContextOptions, failRequest, serveRequest, warn } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
 
@@ -54,30 +54,15 @@ export function databaseContext<
   }
 
   async function serve(request: Request, response: Response): Promise<void> {
-    const fail = (error: unknown) => void answer(error, request, response)
+    const onFailure = (error: unknown) => void answer(error, request, response)
     try {
-      await serveRequest(request, response, options, fail, () => handler(request, response))
+      await serveRequest({ request, node: { request, response }, options, onFailure }, () => handler(request, response))
     } catch (error) {
-      if (!failRequest(response, error)) fail(error)
+      if (!failRequest(response, error)) onFailure(error)
     }
   }
 
   return function databaseContextHandler(request, response) {
     void serve(request, response)
   }
-}
-
-function answerPlainly(error: unknown, _request: unknown, response: ServerResponse | Http2ServerResponse): void {
-  const { statusCode } = Object(error) as { statusCode?: unknown }
-  const status = typeof statusCode === 'number' && statusCode >= 400 && statusCode < 600 ? statusCode : 500
-  if (status >= 500) warn(error)
-  if (response.headersSent) return
-  response.statusCode = status
-  response.setHeader('Content-Type', 'text/plain; charset=utf-8')
-  response.end(STATUS_CODES[status] ?? 'Error')
-}
-
-function warn(error: unknown): void {
-  const text = error instanceof Error ? (error.stack ?? error.message) : String(error)
-  process.emitWarning(`A request failed: ${text}`, 'AmbientRequestWarning')
 }

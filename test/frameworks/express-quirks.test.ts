@@ -5,7 +5,6 @@ import { join } from 'node:path'
 import { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
 import { setImmediate as nextTurn } from 'node:timers/promises'
-import { gunzipSync } from 'node:zlib'
 import { defineDatabase, isAmbientError, newContext } from 'ambient-db'
 import { databaseContext } from 'ambient-db/express'
 import { pgAdapter } from 'ambient-db/pg'
@@ -15,59 +14,17 @@ import express from 'express'
 import session from 'express-session'
 import express4 from 'express4'
 import { Pool } from 'pg'
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
-import { type RawAnswer, RawClient, type RawRequest } from '../../src/conformance/raw-client.ts'
-import { createDatabases, type Databases, serve } from './support.ts'
+import { describe, expect, it } from 'vitest'
+import { decoded, useNotebook } from './notebook.ts'
+import { serve } from './support.ts'
 
-let databases: Databases
-const closing: (() => unknown)[] = []
-
-beforeAll(async () => {
-  databases = await createDatabases()
-  await databases.main.witness('create table notes (id text primary key)')
-  await databases.main.witness('create table parents (id int primary key)')
-  await databases.main.witness('create table doomed (parent int references parents deferrable initially deferred)')
-})
-beforeEach(() => databases.main.witness('truncate notes'))
-afterEach(async () => {
-  for (const close of closing.splice(0).reverse()) await close()
-})
-afterAll(() => databases.close())
-
-async function note(id: string): Promise<void> {
-  await databases.main.query('insert into notes values ($1)', [id])
-}
-
-async function doom(): Promise<void> {
-  await databases.main.query('insert into doomed values (1)')
-}
-
-async function notes(): Promise<unknown[]> {
-  return (await databases.main.witness('select id from notes order by id')).map(({ id }) => id)
-}
+const notebook = useNotebook()
+const { note, doom, notes, open, ask, closing } = notebook
 
 async function start(app: express.Express): Promise<number> {
   const server = await serve(app)
-  closing.push(() => server.close())
+  closing(() => server.close())
   return server.port
-}
-
-async function open(port: number): Promise<RawClient> {
-  const client = await RawClient.open(port)
-  closing.push(() => client.destroy())
-  return client
-}
-
-async function ask(port: number, request: RawRequest): Promise<RawAnswer> {
-  const client = await open(port)
-  client.send(request)
-  return client.answer(request.method)
-}
-
-/** The body, decoded as the header says: a header that is wrong makes it throw. */
-function decoded({ headers, body }: RawAnswer): string {
-  const bytes = Buffer.from(body, 'latin1')
-  return (headers['content-encoding']?.[0] === 'gzip' ? gunzipSync(bytes) : bytes).toString()
 }
 
 const gzip = { 'accept-encoding': 'gzip' }
@@ -268,7 +225,7 @@ describe.each([
     const app = framework()
     app.use(databaseContext())
     app.get('/', async (_request, response, next) => {
-      const rows = await databases.main.stream('select generate_series(1, 10000) as n')
+      const rows = await notebook.databases.main.stream('select generate_series(1, 10000) as n')
       await pipeline(
         rows.map((row) => JSON.stringify(row)),
         response,
@@ -311,7 +268,7 @@ describe.each([
 
   it('H1 sends files behind the commit, or not at all', async () => {
     const directory = await mkdtemp(join(tmpdir(), 'ambient-db-file-'))
-    closing.push(() => rm(directory, { recursive: true }))
+    closing(() => rm(directory, { recursive: true }))
     const file = join(directory, 'file.txt')
     await writeFile(file, 'y'.repeat(1_000_000))
     const app = framework()
@@ -353,11 +310,11 @@ describe.each([
 
   it('S11 answers 503 for a full pool', async () => {
     const pool = new Pool({
-      connectionString: ((await databases.main.ambient.connect()) as Pool).options.connectionString,
+      connectionString: ((await notebook.databases.main.ambient.connect()) as Pool).options.connectionString,
       max: 1,
     })
     const small = defineDatabase({ name: 'small', adapter: pgAdapter(() => pool), acquireTimeout: 50 })
-    closing.push(() => small.shutdown())
+    closing(() => small.shutdown())
     const holder = await pool.connect()
     const app = framework()
     app.set('env', 'test')

@@ -1,9 +1,11 @@
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { createSecureServer, type Http2ServerRequest, type Http2ServerResponse } from 'node:http2'
 import { databaseContext as expressContext } from 'ambient-db/express'
+import { databaseContext as fastifyContext } from 'ambient-db/fastify'
 import { databaseContext as nodeContext } from 'ambient-db/node-http'
 import express from 'express'
 import express4 from 'express4'
+import fastify, { type FastifyRequest } from 'fastify'
 import { expectTypeOf, it } from 'vitest'
 
 it('the middleware for Express gives its options the request of the app', () => {
@@ -50,4 +52,17 @@ it('the wrapper for node:http keeps the types of the handler', () => {
       response.end()
     },
   })
+})
+
+it('the plugin for Fastify fits every kind of server, and gives its options the request', () => {
+  fastify().register(fastifyContext)
+  fastify({ http2: true }).register(fastifyContext, { transaction: { readOnly: true } })
+  fastify({ https: {} }).register(fastifyContext, {
+    skip: (request) => {
+      expectTypeOf(request).toEqualTypeOf<FastifyRequest>()
+      return request.routeOptions.url === '/health'
+    },
+  })
+  // @ts-expect-error no such outcome
+  fastify().register(fastifyContext, { outcome: () => 'maybe' })
 })

@@ -34,6 +34,10 @@ describe('the public modules', () => {
     expect(module.split('/')).toEqual([expect.stringMatching(/^(adapters|frameworks)$/), subpath.slice('./'.length)])
   })
 
+  it.each(libraries)('$specifier has a test file', ({ module }) => {
+    expect(existsSync(join('test', `${module}.test.ts`)), module).toBe(true)
+  })
+
   it.each(libraries)('$specifier has a row in a table of the README', ({ specifier }) => {
     const rows = readFileSync('README.md', 'utf8')
       .split('\n')

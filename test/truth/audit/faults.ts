@@ -144,25 +144,15 @@ export const faults: Readonly<Record<string, Fault>> = {
   },
   'closes the connection of whose commit failed': {
     middleware: (options) => (request, response, next) =>
-      serveRequest(
-        request,
-        response,
-        options,
-        () => void response.destroy(),
-        () => next(),
+      serveRequest({ request, node: { request, response }, options, onFailure: () => void response.destroy() }, () =>
+        next(),
       ),
     on: doomed,
     shows: 'no answer',
   },
   'does not answer whose commit failed': {
     middleware: (options) => (request, response, next) =>
-      serveRequest(
-        request,
-        response,
-        options,
-        () => {},
-        () => next(),
-      ),
+      serveRequest({ request, node: { request, response }, options, onFailure: () => {} }, () => next()),
     on: (plan) => plan.opens && doomed(plan), // so that none waits for another
     shows: 'hang',
   },

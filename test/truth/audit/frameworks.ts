@@ -5,10 +5,15 @@ import { pipeline, Readable } from 'node:stream'
 import { text } from 'node:stream/consumers'
 import express from 'express'
 import express4 from 'express4'
+import fastify, { type FastifyInstance, type FastifyReply } from 'fastify'
 import { databaseContext as expressContext } from '../../../src/frameworks/express.ts'
+import { databaseContext as fastifyContext } from '../../../src/frameworks/fastify.ts'
 import { databaseContext } from '../../../src/frameworks/node-http.ts'
 import type { DatabaseContextOptions } from '../../../src/request.ts'
 import { type Answer, Recoverable } from './styles.ts'
+
+/** Milliseconds for which a connection waits for its client, on a busy machine. */
+const keepAliveTimeout = 120_000
 
 /** What is served: each framework lets its own kind of handler call it, and sends what it answers in its own way. */
 export interface App {
@@ -104,16 +109,42 @@ export function onExpress(name: string, framework: typeof express, middleware: E
   return { name, protocol: 'http1', serve }
 }
 
+const onFastify: Framework = {
+  name: 'Fastify 5',
+  protocol: 'http1',
+  async serve(app) {
+    const server: FastifyInstance = fastify({ keepAliveTimeout })
+    const send = ({ status, location, body }: Answer, reply: FastifyReply) =>
+      location === undefined ? reply.code(status).send(body) : reply.redirect(location, status)
+    await server.register(fastifyContext, app.options)
+    server.setErrorHandler((error, _request, reply) => send(app.explain(error), reply))
+    server.register(async (routes) => {
+      routes.setErrorHandler((error, _request, reply) => {
+        if (error instanceof Recoverable) return send(error.answer, reply)
+        throw error
+      })
+      routes.post('/callback/:request', (request, reply) => {
+        const answered = (answer: Answer) => void send(answer, reply)
+        app.handle(request.url, request.body).then(answered, (error) => void reply.send(error))
+      })
+      routes.post('*', async (request, reply) => send(await app.handle(request.url, request.body), reply))
+    })
+    const { port } = new URL(await server.listen({ host: '127.0.0.1', port: 0 }))
+    return { port: Number(port), close: () => server.close() }
+  },
+}
+
 export const frameworks: readonly Framework[] = [
   onNode('node:http', 'http1', createServer),
   onNode('node:http2', 'http2', (listener) => createHttp2Server().on('request', listener)),
   onExpress('Express 4', express4 as unknown as typeof express, expressContext), // the calls are the same in both
   onExpress('Express 5', express, expressContext),
+  onFastify,
 ]
 
-/** Listens on a free port, and keeps connections that wait for their client on a busy machine. */
+/** Listens on a free port. */
 async function listen(server: Server): Promise<Served> {
-  Object.assign(server, { keepAliveTimeout: 120_000 })
+  Object.assign(server, { keepAliveTimeout })
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
   return {
     port: (server.address() as AddressInfo).port, // of TCP
