@@ -35,18 +35,56 @@ export interface ServedRequest<Request>
  * On a response that has such a context already it does nothing more (C3).
  */
 export function serveRequest<Request, Result>(served: ServedRequest<Request>, proceed: () => Result): Result {
+  return serveGuarded(served, proceed, (guard) => guard.run(proceed))
+}
+
+/** What the handlers of a framework have made of its answer, which leaves when they are done. */
+export interface PendingAnswer {
+  /** Its status; `undefined` where it leaves by itself, past the framework. */
+  status(): number | undefined
+  /** Takes it back, beyond what stands on Node's response. */
+  clear(): void
+}
+
+/**
+ * The same for a framework that answers when its handlers are done: settles then by the status, where no answer has begun by
+ * itself. Rejects with what failed, and then nothing of the answer is left.
+ */
+export function serveAwaited<Request>(
+  served: ServedRequest<Request>,
+  answer: PendingAnswer,
+  proceed: () => Promise<unknown>,
+): Promise<unknown> {
+  return serveGuarded(served, proceed, async (guard) => {
+    await guard.run(proceed)
+    const status = answer.status()
+    if (status === undefined) return
+    try {
+      await guard.settle(status)
+    } catch (error) {
+      answer.clear()
+      throw error
+    }
+  })
+}
+
+function serveGuarded<Request, Result>(
+  served: ServedRequest<Request>,
+  proceed: () => Result,
+  guarded: (guard: ResponseGuard) => Result,
+): Result {
   const { request, node, options } = served
   if (guardOf(node.response)) return proceed()
   const current = currentContext()
   if (current?.options.adoptable && current.state === 'open') return proceed()
   if (options.skip?.(request)) return detach(proceed)
   const context = new Context(contextOptions(request, options), outermost)
-  new ResponseGuard(context, node.request as NodeRequest, node.response as NodeResponse, {
+  const guard = new ResponseGuard(context, node.request as NodeRequest, node.response as NodeResponse, {
     outcome: (status) => outcomeOf(status, request, options),
     onFailure: served.onFailure,
     givenUpHeadersSent: served.givenUpHeadersSent ?? false,
   })
-  return context.run(proceed)
+  return guarded(guard)
 }
 
 /** Ends a request whose handler threw: rolled back, and answered by its `onFailure`; false without a context. */

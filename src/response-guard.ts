@@ -74,6 +74,8 @@ export class ResponseGuard implements Interceptor {
   readonly #drainCount: number
   #drainListeners: Method[] | undefined
   #sources: Source[] = []
+  /** Who waits for {@link ResponseGuard.settle}. */
+  #waiter: { resolve(): void; reject(error: unknown): void } | undefined
   /** What the handler threw while its answer was held. */
   #thrown: { error: unknown } | undefined
   /** The answer of the handler was given up for this; what its context goes on to say is ignored. */
@@ -97,6 +99,27 @@ export class ResponseGuard implements Interceptor {
       this.#drainListeners = []
       interceptListeners(response)
     }
+  }
+
+  /** Runs `work` in the context of the request. */
+  run<Result>(work: () => Result): Result {
+    return this.#context.run(work)
+  }
+
+  /**
+   * Settles by `status`, for a framework that answers when its handlers are done; until then nothing may leave. Rejects with what
+   * failed, and then the response is as it came in; also if the client has gone. Does nothing where an answer has begun by itself.
+   */
+  async settle(status: number): Promise<void> {
+    const { abortion } = this.#context
+    if (abortion) throw abortion
+    if (this.#state !== 'open') return
+    await new Promise<void>((resolve, reject) => {
+      this.#waiter = { resolve, reject }
+      this.#begun = true
+      this.#head = status
+      if (this.#settle('end')) this.#released()
+    })
   }
 
   /** The handler threw: rolls back and has `error` answered, unless the answer has left. */
@@ -280,6 +303,8 @@ export class ResponseGuard implements Interceptor {
       return
     }
     if (drain) this.#drain()
+    this.#waiter?.resolve()
+    this.#waiter = undefined
     if (this.#thrown) this.#report(this.#thrown.error)
   }
 
@@ -292,7 +317,8 @@ export class ResponseGuard implements Interceptor {
   #fail(error: unknown): void {
     this.#takeBack(this.#thrown?.error ?? error)
     this.#letPass()
-    if (this.#thrown || !this.#isAbortion(error)) this.#report(this.#failure?.error) // otherwise nobody is left to be answered
+    // Otherwise nobody is left to be answered.
+    if (this.#waiter || this.#thrown || !this.#isAbortion(error)) this.#report(this.#failure?.error)
   }
 
   /** Rolls back; the other answer is made meanwhile, and held until that is done. */
@@ -304,7 +330,10 @@ export class ResponseGuard implements Interceptor {
   }
 
   #report(error: unknown): void {
-    detach(() => this.#answering.onFailure(error))
+    const waiter = this.#waiter
+    this.#waiter = undefined
+    if (waiter) waiter.reject(error)
+    else detach(() => this.#answering.onFailure(error))
   }
 
   /** Makes the response as it was when the request came in. */

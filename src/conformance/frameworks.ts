@@ -322,7 +322,8 @@ export const frameworkSuite: readonly FrameworkCase[] = [
     client.destroy()
     await suite.until('its end', async () => (await suite.openTransactions()) === 0)
     await lock.release()
-    assert.deepEqual([await suite.rows(), suite.errors], [[], []])
+    assert.deepEqual(await suite.rows(), [])
+    for (const error of suite.errors) assert.ok(isAmbientError(error, 'AMBIENT_ABORTED'), String(error))
   }),
 
   define('H4 rolls back when a handler never answers and the client goes', async (suite) => {
@@ -416,7 +417,8 @@ export const frameworkSuite: readonly FrameworkCase[] = [
     assert.deepEqual(await suite.rows(), ['a'])
     first.open()
     await client.arrival('data: 2')
-    assert.deepEqual(seen, ['AMBIENT_CONTEXT_ENDED'])
+    // A framework may read the source from outside of the context.
+    assert.match(String(seen), /^(AMBIENT_CONTEXT_ENDED|AMBIENT_NO_CONTEXT)$/)
     assert.deepEqual(await suite.rows(), ['a', 'b'])
     second.open()
     assert.equal((await client.answer()).body, 'data: 1\n\ndata: 2\n\n')

@@ -2,10 +2,12 @@ import { createServer, type IncomingMessage, type ServerResponse } from 'node:ht
 import { createSecureServer, type Http2ServerRequest, type Http2ServerResponse } from 'node:http2'
 import { databaseContext as expressContext } from 'ambient-db/express'
 import { databaseContext as fastifyContext } from 'ambient-db/fastify'
+import { databaseContext as koaContext } from 'ambient-db/koa'
 import { databaseContext as nodeContext } from 'ambient-db/node-http'
 import express from 'express'
 import express4 from 'express4'
 import fastify, { type FastifyRequest } from 'fastify'
+import Koa, { type Request as KoaRequest } from 'koa'
 import { expectTypeOf, it } from 'vitest'
 
 it('the middleware for Express gives its options the request of the app', () => {
@@ -65,4 +67,17 @@ it('the plugin for Fastify fits every kind of server, and gives its options the 
   })
   // @ts-expect-error no such outcome
   fastify().register(fastifyContext, { outcome: () => 'maybe' })
+})
+
+it('the middleware for Koa gives its options the request', () => {
+  new Koa().use(koaContext())
+  new Koa<{ user: string }, { log(text: string): void }>().use(koaContext({ transaction: 'autocommit' }))
+  new Koa().use(
+    koaContext({
+      skip: (request) => {
+        expectTypeOf(request).toEqualTypeOf<KoaRequest>()
+        return request.path === '/health'
+      },
+    }),
+  )
 })

@@ -3,11 +3,14 @@ import { createServer as createHttp2Server } from 'node:http2'
 import type { AddressInfo, Server } from 'node:net'
 import { pipeline, Readable } from 'node:stream'
 import { text } from 'node:stream/consumers'
+import bodyParser from '@koa/bodyparser'
 import express from 'express'
 import express4 from 'express4'
 import fastify, { type FastifyInstance, type FastifyReply } from 'fastify'
+import Koa from 'koa'
 import { databaseContext as expressContext } from '../../../src/frameworks/express.ts'
 import { databaseContext as fastifyContext } from '../../../src/frameworks/fastify.ts'
+import { databaseContext as koaContext } from '../../../src/frameworks/koa.ts'
 import { databaseContext } from '../../../src/frameworks/node-http.ts'
 import type { DatabaseContextOptions } from '../../../src/request.ts'
 import { type Answer, Recoverable } from './styles.ts'
@@ -134,12 +137,48 @@ const onFastify: Framework = {
   },
 }
 
+const onKoa: Framework = {
+  name: 'Koa 3',
+  protocol: 'http1',
+  serve(app) {
+    const server = new Koa()
+    const reply = ({ status, location, body }: Answer, context: Koa.Context) => {
+      if (location !== undefined) context.redirect(location)
+      else context.body = body ?? null
+      context.status = status
+    }
+    const answerErrors = (answer: (error: unknown) => Answer) => async (context: Koa.Context, next: Koa.Next) => {
+      try {
+        await next()
+      } catch (error) {
+        reply(answer(error), context)
+      }
+    }
+    server.use(answerErrors((error) => app.explain(error)))
+    server.use(koaContext(app.options))
+    server.use(bodyParser())
+    server.use(
+      answerErrors((error) => {
+        if (error instanceof Recoverable) return error.answer
+        throw error
+      }),
+    )
+    server.use(async (context) => reply(await app.handle(context.url, context.request.body), context))
+    // Where an answer to an error fails, those that would explain it are done.
+    server.context.onerror = function onError(error) {
+      if (error && !this.headerSent) send(app.explain(error), this.res)
+    }
+    return listen(createServer(server.callback()))
+  },
+}
+
 export const frameworks: readonly Framework[] = [
   onNode('node:http', 'http1', createServer),
   onNode('node:http2', 'http2', (listener) => createHttp2Server().on('request', listener)),
   onExpress('Express 4', express4 as unknown as typeof express, expressContext), // the calls are the same in both
   onExpress('Express 5', express, expressContext),
   onFastify,
+  onKoa,
 ]
 
 /** Listens on a free port. */
