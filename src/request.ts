@@ -58,14 +58,77 @@ export function serveAwaited<Request>(
   return serveGuarded(served, proceed, async (guard) => {
     await guard.run(proceed)
     const status = answer.status()
-    if (status === undefined) return
+    if (status !== undefined) await settleAnswer(guard.settle(status), answer)
+  })
+}
+
+/** A request that is answered by a value alone, without Node's response. */
+export interface FetchedRequest<Request> {
+  /** As the options of the middleware get it. */
+  readonly request: Request
+  /** What the request is known by, however often a middleware sees it. */
+  readonly identity: object
+  readonly options: DatabaseContextOptions<Request>
+  /** Fires when the client has gone. */
+  readonly signal: AbortSignal | undefined
+}
+
+/** The requests that have a context. */
+const fetched = new WeakSet<object>()
+
+/**
+ * The same where there is no response of Node's: nothing leaves before this resolves.
+ *
+ * @param statusOfThrown the status that something thrown stands for, if it is an answer in its framework. It is thrown all the same.
+ */
+export async function serveFetched<Request>(
+  { request, identity, options, signal }: FetchedRequest<Request>,
+  answer: PendingAnswer,
+  proceed: () => Promise<unknown>,
+  statusOfThrown: (thrown: unknown) => number | undefined = () => undefined,
+): Promise<void> {
+  if (fetched.has(identity) || isInTest()) return void (await proceed())
+  if (options.skip?.(request)) return void (await detach(proceed))
+  const context = new Context({ ...contextOptions(request, options), signal }, outermost)
+  fetched.add(identity)
+  const settle = async (status: number) => {
     try {
-      await guard.settle(status)
+      const outcome = outcomeOf(status, request, options)
+      if (!context.settleUntouched(outcome)) await context.settle(outcome)
     } catch (error) {
-      answer.clear()
+      await context.settle('rollback', error) // where `outcome` threw; otherwise it has ended
       throw error
     }
-  })
+  }
+  try {
+    await context.run(proceed)
+  } catch (thrown) {
+    const status = statusOfThrown(thrown)
+    if (status === undefined) await context.settle('rollback', thrown)
+    else await settle(status)
+    throw thrown
+  }
+  await settleAnswer(settle(answer.status() ?? 500), answer)
+}
+
+async function settleAnswer(settled: Promise<void>, answer: PendingAnswer): Promise<void> {
+  try {
+    await settled
+  } catch (error) {
+    answer.clear()
+    throw error
+  }
+}
+
+/** Ends what a body is read from, if its answer is not wanted any more. */
+export function cancelBody({ body }: Pick<Response, 'body'>): void {
+  body?.cancel().catch(() => {}) // somebody reads it
+}
+
+/** Whether a context of the testing tools is there, to which middlewares yield (C3). */
+function isInTest(): boolean {
+  const current = currentContext()
+  return current?.options.adoptable === true && current.state === 'open'
 }
 
 function serveGuarded<Request, Result>(
@@ -74,9 +137,7 @@ function serveGuarded<Request, Result>(
   guarded: (guard: ResponseGuard) => Result,
 ): Result {
   const { request, node, options } = served
-  if (guardOf(node.response)) return proceed()
-  const current = currentContext()
-  if (current?.options.adoptable && current.state === 'open') return proceed()
+  if (guardOf(node.response) || isInTest()) return proceed()
   if (options.skip?.(request)) return detach(proceed)
   const context = new Context(contextOptions(request, options), outermost)
   const guard = new ResponseGuard(context, node.request as NodeRequest, node.response as NodeResponse, {

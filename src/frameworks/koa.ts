@@ -1,7 +1,32 @@
-import type { Context, Next, Request } from 'koa'
+import type { IncomingHttpHeaders, IncomingMessage, ServerResponse } from 'node:http'
 import { type DatabaseContextOptions, type PendingAnswer, serveAwaited } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
+
+/** What options need of a request; the whole of it is theirs by `databaseContext<Koa.Request>(…)`. */
+export interface KoaRequest {
+  readonly headers: IncomingHttpHeaders
+  readonly method: string
+  readonly url: string
+  readonly path: string
+}
+
+/** What is needed of a context of Koa. */
+export interface KoaContext<Request> {
+  readonly req: IncomingMessage
+  readonly res: ServerResponse
+  readonly request: Request
+  status: number
+  body: unknown
+  readonly respond?: boolean | undefined
+  onerror(error: Error): void
+}
+
+/** A middleware for Koa 3. */
+export type DatabaseContextMiddleware<Request> = (
+  context: KoaContext<Request>,
+  next: () => Promise<unknown>,
+) => Promise<void>
 
 /**
  * A middleware for Koa 3 that gives each request a context of its own. When those behind it are done its work is committed, or
@@ -21,9 +46,9 @@ export type { DatabaseContextOptions } from '../request.ts'
  * app.use(databaseContext({ skip: (request) => request.path === '/health' }))
  * ```
  */
-export function databaseContext(
+export function databaseContext<Request extends KoaRequest = KoaRequest>(
   options: DatabaseContextOptions<Request> = {},
-): (context: Context, next: Next) => Promise<void> {
+): DatabaseContextMiddleware<Request> {
   return async function databaseContextMiddleware(context, next) {
     const { request, req, res } = context
     const onFailure = (error: unknown) => context.onerror(error as Error) // Koa makes an error of anything else
@@ -31,7 +56,7 @@ export function databaseContext(
   }
 }
 
-function answerOf(context: Context): PendingAnswer {
+function answerOf(context: KoaContext<unknown>): PendingAnswer {
   return {
     status: () => (context.respond === false ? undefined : context.status),
     clear() {

@@ -2,11 +2,14 @@ import { createServer, type IncomingMessage, type ServerResponse } from 'node:ht
 import { createSecureServer, type Http2ServerRequest, type Http2ServerResponse } from 'node:http2'
 import { databaseContext as expressContext } from 'ambient-db/express'
 import { databaseContext as fastifyContext } from 'ambient-db/fastify'
+import { databaseContext as fetchContext } from 'ambient-db/fetch'
+import { databaseContext as honoContext } from 'ambient-db/hono'
 import { databaseContext as koaContext } from 'ambient-db/koa'
 import { databaseContext as nodeContext } from 'ambient-db/node-http'
 import express from 'express'
 import express4 from 'express4'
 import fastify, { type FastifyRequest } from 'fastify'
+import { Hono, type HonoRequest } from 'hono'
 import Koa, { type Request as KoaRequest } from 'koa'
 import { expectTypeOf, it } from 'vitest'
 
@@ -72,12 +75,39 @@ it('the plugin for Fastify fits every kind of server, and gives its options the 
 it('the middleware for Koa gives its options the request', () => {
   new Koa().use(koaContext())
   new Koa<{ user: string }, { log(text: string): void }>().use(koaContext({ transaction: 'autocommit' }))
+  new Koa().use(koaContext({ skip: ({ path, headers }) => path === '/health' || headers.accept === undefined }))
   new Koa().use(
-    koaContext({
+    koaContext<KoaRequest>({
       skip: (request) => {
         expectTypeOf(request).toEqualTypeOf<KoaRequest>()
+        return request.hostname === 'localhost'
+      },
+    }),
+  )
+})
+
+it('the middleware for Hono gives its options the request', () => {
+  new Hono().use(honoContext())
+  new Hono<{ Bindings: { KEY: string }; Variables: { user: string } }>().use(
+    honoContext({
+      skip: (request) => {
+        expectTypeOf(request).toEqualTypeOf<HonoRequest>()
         return request.path === '/health'
       },
     }),
   )
+})
+
+it('the wrapper for fetch handlers keeps their types', () => {
+  class NextRequest extends Request {
+    readonly nextUrl = new URL(this.url)
+  }
+  const handler = fetchContext(
+    async (request: NextRequest, { params }: { params: Promise<{ id: string }> }) =>
+      Response.json([request.nextUrl, (await params).id]),
+    { skip: (request) => request.nextUrl.pathname === '/health', signal: () => undefined },
+  )
+  expectTypeOf(handler).toEqualTypeOf<
+    (request: NextRequest, context: { params: Promise<{ id: string }> }) => Promise<Response>
+  >()
 })

@@ -98,6 +98,14 @@ export function unfold({ status = 200, headers = {}, body }: SuiteAnswer): {
   }
 }
 
+/** The same as a response of the web. */
+export function toResponse(answer: SuiteAnswer): Response {
+  const { status, headers, text: body, stream } = unfold(answer)
+  const pairs = Object.entries(headers).flatMap(([name, value]) => [value].flat().map((each) => [name, each] as const))
+  const source = stream && (Readable.toWeb(stream) as ReadableStream)
+  return new Response(source ?? body ?? null, { status, headers: new Headers(pairs as [string, string][]) })
+}
+
 /** As the documentation of Node recommends to send a stream. */
 export function send(stream: Readable, response: NodeJS.WritableStream): void {
   pipeline(stream, response, () => {})

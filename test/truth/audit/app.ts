@@ -10,7 +10,7 @@ import { settlesWithin, sleep } from '../waiting.ts'
 import { faults } from './faults.ts'
 import { type App, type Framework, frameworks, onExpress, type Served } from './frameworks.ts'
 import { databaseNames, keyOf, type Plan, unitIn, unitOf } from './plan.ts'
-import { type Answer, type DatabaseName, type Part, type StyleName, styleOf } from './styles.ts'
+import { type Answer, bodyFailure, type DatabaseName, type Part, type StyleName, styleOf } from './styles.ts'
 
 export interface Start {
   readonly framework: string
@@ -267,5 +267,11 @@ process.on('message', async ({ name, argument }: { name: keyof Calls; argument: 
   )
   process.send?.({ status, value })
 })
+
+// The server of Hono prints what a body fails with, which is what some of them are for.
+const print = console.error
+console.error = (...args) => {
+  if (args[0]?.message !== bodyFailure) print(...args)
+}
 
 process.once('disconnect', () => setTimeout(() => process.exit(1), 60_000).unref()) // nobody is left to see it hang

@@ -3,13 +3,17 @@ import { createServer as createHttp2Server } from 'node:http2'
 import type { AddressInfo, Server } from 'node:net'
 import { pipeline, Readable } from 'node:stream'
 import { text } from 'node:stream/consumers'
+import { getRequestListener } from '@hono/node-server'
 import bodyParser from '@koa/bodyparser'
 import express from 'express'
 import express4 from 'express4'
 import fastify, { type FastifyInstance, type FastifyReply } from 'fastify'
+import { Hono } from 'hono'
 import Koa from 'koa'
 import { databaseContext as expressContext } from '../../../src/frameworks/express.ts'
 import { databaseContext as fastifyContext } from '../../../src/frameworks/fastify.ts'
+import { databaseContext as fetchContext } from '../../../src/frameworks/fetch.ts'
+import { databaseContext as honoContext } from '../../../src/frameworks/hono.ts'
 import { databaseContext as koaContext } from '../../../src/frameworks/koa.ts'
 import { databaseContext } from '../../../src/frameworks/node-http.ts'
 import type { DatabaseContextOptions } from '../../../src/request.ts'
@@ -172,6 +176,59 @@ const onKoa: Framework = {
   },
 }
 
+/** An answer as a response of the web. */
+function toResponse({ status, location, body }: Answer): Response {
+  const headers = new Headers(location === undefined ? {} : { location })
+  if (body instanceof Readable) return new Response(Readable.toWeb(body) as ReadableStream, { status, headers })
+  if (body) headers.set('content-type', 'application/json')
+  return new Response(body ? JSON.stringify(body) : null, { status, headers })
+}
+
+const pathOf = ({ url = '' }: { readonly url?: string | undefined }) => new URL(url, 'http://localhost').pathname
+
+/** The options of the middleware, by the whole URL. */
+function byUrl({ skip, transaction }: App['options']): App['options'] {
+  return {
+    skip: (request) => skip?.({ url: pathOf(request) }) ?? false,
+    transaction: (request) => (typeof transaction === 'function' ? transaction({ url: pathOf(request) }) : transaction),
+  }
+}
+
+const onHono: Framework = {
+  name: 'Hono 4',
+  protocol: 'http1',
+  serve(app) {
+    const routes = new Hono()
+    routes.onError((error) => {
+      if (error instanceof Recoverable) return toResponse(error.answer)
+      throw error
+    })
+    routes.post('*', async ({ req }) => toResponse(await app.handle(pathOf(req), await req.json())))
+    const server = new Hono()
+    server.use(honoContext(byUrl(app.options)))
+    server.onError((error) => toResponse(app.explain(error)))
+    server.route('/', routes)
+    return listen(createServer(getRequestListener(server.fetch)))
+  },
+}
+
+const onFetch: Framework = {
+  name: 'fetch',
+  protocol: 'http1',
+  serve(app) {
+    const handler = fetchContext(async (request: Request) => {
+      try {
+        return toResponse(await app.handle(pathOf(request), await request.json()))
+      } catch (error) {
+        if (error instanceof Recoverable) return toResponse(error.answer)
+        throw error
+      }
+    }, byUrl(app.options))
+    const answer = (request: Request) => handler(request).catch((error) => toResponse(app.explain(error)))
+    return listen(createServer(getRequestListener(answer)))
+  },
+}
+
 export const frameworks: readonly Framework[] = [
   onNode('node:http', 'http1', createServer),
   onNode('node:http2', 'http2', (listener) => createHttp2Server().on('request', listener)),
@@ -179,6 +236,8 @@ export const frameworks: readonly Framework[] = [
   onExpress('Express 5', express, expressContext),
   onFastify,
   onKoa,
+  onHono,
+  onFetch,
 ]
 
 /** Listens on a free port. */

@@ -43,6 +43,9 @@ export interface Style {
   readonly streams?: true
 }
 
+/** What a body fails with. */
+export const bodyFailure = 'The body ends here.'
+
 /** Something that a handler throws, and that its error handling turns into a success. */
 export class Recoverable extends Error {
   readonly answer: Answer
@@ -103,7 +106,7 @@ export const styles = {
       await write('main')
       const chunks = function* () {
         yield 'x'.repeat(1_000)
-        throw new Error('The body ends here.')
+        throw new Error(bodyFailure)
       }
       return { status: 200, body: Readable.from(chunks()) }
     },
