@@ -3,12 +3,14 @@ import { createSecureServer, type Http2ServerRequest, type Http2ServerResponse }
 import { databaseContext as expressContext } from 'ambient-db/express'
 import { databaseContext as fastifyContext } from 'ambient-db/fastify'
 import { databaseContext as fetchContext } from 'ambient-db/fetch'
+import { databaseContext as h3Context } from 'ambient-db/h3'
 import { databaseContext as honoContext } from 'ambient-db/hono'
 import { databaseContext as koaContext } from 'ambient-db/koa'
 import { databaseContext as nodeContext } from 'ambient-db/node-http'
 import express from 'express'
 import express4 from 'express4'
 import fastify, { type FastifyRequest } from 'fastify'
+import { H3, type H3Event } from 'h3'
 import { Hono, type HonoRequest } from 'hono'
 import Koa, { type Request as KoaRequest } from 'koa'
 import { expectTypeOf, it } from 'vitest'
@@ -110,4 +112,16 @@ it('the wrapper for fetch handlers keeps their types', () => {
   expectTypeOf(handler).toEqualTypeOf<
     (request: NextRequest, context: { params: Promise<{ id: string }> }) => Promise<Response>
   >()
+})
+
+it('the middleware for h3 gives its options the event', () => {
+  new H3().use(h3Context()).use(
+    '/api/**',
+    h3Context({
+      skip: (event) => {
+        expectTypeOf(event).toEqualTypeOf<H3Event>()
+        return event.url.pathname === '/health'
+      },
+    }),
+  )
 })

@@ -8,11 +8,13 @@ import bodyParser from '@koa/bodyparser'
 import express from 'express'
 import express4 from 'express4'
 import fastify, { type FastifyInstance, type FastifyReply } from 'fastify'
+import { H3, toNodeHandler } from 'h3'
 import { Hono } from 'hono'
 import Koa from 'koa'
 import { databaseContext as expressContext } from '../../../src/frameworks/express.ts'
 import { databaseContext as fastifyContext } from '../../../src/frameworks/fastify.ts'
 import { databaseContext as fetchContext } from '../../../src/frameworks/fetch.ts'
+import { databaseContext as h3Context } from '../../../src/frameworks/h3.ts'
 import { databaseContext as honoContext } from '../../../src/frameworks/hono.ts'
 import { databaseContext as koaContext } from '../../../src/frameworks/koa.ts'
 import { databaseContext } from '../../../src/frameworks/node-http.ts'
@@ -184,10 +186,10 @@ function toResponse({ status, location, body }: Answer): Response {
   return new Response(body ? JSON.stringify(body) : null, { status, headers })
 }
 
-const pathOf = ({ url = '' }: { readonly url?: string | undefined }) => new URL(url, 'http://localhost').pathname
+const pathOf = ({ url }: { readonly url: string | URL }) => new URL(url, 'http://localhost').pathname
 
 /** The options of the middleware, by the whole URL. */
-function byUrl({ skip, transaction }: App['options']): App['options'] {
+function byUrl({ skip, transaction }: App['options']): DatabaseContextOptions<{ readonly url: string | URL }> {
   return {
     skip: (request) => skip?.({ url: pathOf(request) }) ?? false,
     transaction: (request) => (typeof transaction === 'function' ? transaction({ url: pathOf(request) }) : transaction),
@@ -209,6 +211,26 @@ const onHono: Framework = {
     server.onError((error) => toResponse(app.explain(error)))
     server.route('/', routes)
     return listen(createServer(getRequestListener(server.fetch)))
+  },
+}
+
+const onH3: Framework = {
+  name: 'h3 2',
+  protocol: 'http1',
+  serve(app) {
+    const onError = (error: Error) => toResponse(app.explain(error.cause ?? error))
+    const server = new H3({ silent: true, onError })
+    server.use(h3Context(byUrl(app.options)))
+    server.use(async (_event, next) => {
+      try {
+        return await next()
+      } catch (error) {
+        if (error instanceof Recoverable) return toResponse(error.answer)
+        throw error
+      }
+    })
+    server.post('/**', async ({ req }) => toResponse(await app.handle(pathOf(req), await req.json())))
+    return listen(createServer(toNodeHandler(server) as RequestListener))
   },
 }
 
@@ -237,6 +259,7 @@ export const frameworks: readonly Framework[] = [
   onFastify,
   onKoa,
   onHono,
+  onH3,
   onFetch,
 ]
 
