@@ -1,4 +1,5 @@
-import type { H3Event, Middleware } from 'h3'
+import type { IncomingMessage, ServerResponse } from 'node:http'
+import type { Http2ServerRequest, Http2ServerResponse } from 'node:http2'
 import {
   answerPlainly,
   cancelBody,
@@ -9,6 +10,24 @@ import {
 } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
+
+/** What is needed of an event of h3. */
+export interface H3EventLike {
+  readonly req: Request
+  readonly url: URL
+  readonly res: { status?: number; statusText?: string; readonly headers: Headers; readonly errHeaders: Headers }
+  readonly runtime?:
+    | {
+        readonly node?: {
+          readonly req: IncomingMessage | Http2ServerRequest
+          readonly res?: ServerResponse | Http2ServerResponse | undefined
+        }
+      }
+    | undefined
+}
+
+/** A middleware for h3 2. */
+export type DatabaseContextMiddleware<Event> = (event: Event, next: () => unknown) => Promise<unknown>
 
 /**
  * A middleware for h3 2 and Nitro 3 that gives each request a context of its own. When those behind it are done its work is
@@ -28,7 +47,9 @@ export type { DatabaseContextOptions } from '../request.ts'
  * app.use(databaseContext({ skip: (event) => event.url.pathname === '/health' }))
  * ```
  */
-export function databaseContext(options: DatabaseContextOptions<H3Event> = {}): Middleware {
+export function databaseContext<Event extends H3EventLike = H3EventLike>(
+  options: DatabaseContextOptions<Event> = {},
+): DatabaseContextMiddleware<Event> {
   return async function databaseContextMiddleware(event, next) {
     let result: unknown
     const proceed = async () => {
@@ -50,7 +71,7 @@ export function databaseContext(options: DatabaseContextOptions<H3Event> = {}): 
 const notFound = Symbol.for('h3.notFound')
 const handled = Symbol.for('h3.handled')
 
-function answerOf(event: H3Event, resultOf: () => unknown): PendingAnswer {
+function answerOf(event: H3EventLike, resultOf: () => unknown): PendingAnswer {
   const headers = new Headers(event.res.headers)
   const errorHeaders = new Headers(event.res.errHeaders)
   return {
