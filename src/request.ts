@@ -43,7 +43,7 @@ export interface PendingAnswer {
   /** Its status; `undefined` where it leaves by itself, past the framework. */
   status(): number | undefined
   /** Takes it back, beyond what stands on Node's response. */
-  clear(): void
+  clear?(): void
 }
 
 /**
@@ -62,35 +62,35 @@ export function serveAwaited<Request>(
   })
 }
 
-/** A request that is answered by a value alone, without Node's response. */
-export interface FetchedRequest<Request> {
+/** What is answered by a value alone, without Node's response: a fetch handler, a procedure, an operation. */
+export interface ServedCall<Request> {
   /** As the options of the middleware get it. */
   readonly request: Request
-  /** What the request is known by, however often a middleware sees it. */
+  /** What the call is known by, however often a middleware sees it. */
   readonly identity: object
   readonly options: DatabaseContextOptions<Request>
   /** Fires when the client has gone. */
   readonly signal: AbortSignal | undefined
 }
 
-/** The requests that have a context. */
-const fetched = new WeakSet<object>()
+/** The calls that have a context, by their identity. */
+const served = new WeakSet<object>()
 
 /**
  * The same where there is no response of Node's: nothing leaves before this resolves.
  *
  * @param statusOfThrown the status that something thrown stands for, if it is an answer in its framework. It is thrown all the same.
  */
-export async function serveFetched<Request>(
-  { request, identity, options, signal }: FetchedRequest<Request>,
+export async function serveCall<Request>(
+  { request, identity, options, signal }: ServedCall<Request>,
   answer: PendingAnswer,
   proceed: () => Promise<unknown>,
   statusOfThrown: (thrown: unknown) => number | undefined = () => undefined,
 ): Promise<void> {
-  if (fetched.has(identity) || isInTest()) return void (await proceed())
+  if (served.has(identity) || isInTest()) return void (await proceed())
   if (options.skip?.(request)) return void (await detach(proceed))
   const context = new Context({ ...contextOptions(request, options), signal }, outermost)
-  fetched.add(identity)
+  served.add(identity)
   const settle = async (status: number) => {
     try {
       const outcome = outcomeOf(status, request, options)
@@ -115,7 +115,7 @@ async function settleAnswer(settled: Promise<void>, answer: PendingAnswer): Prom
   try {
     await settled
   } catch (error) {
-    answer.clear()
+    answer.clear?.()
     throw error
   }
 }

@@ -1,4 +1,4 @@
-import { cancelBody, type DatabaseContextOptions, serveFetched } from '../request.ts'
+import { cancelBody, type DatabaseContextOptions, serveCall } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
 
@@ -37,7 +37,7 @@ export function databaseContext<Incoming extends Request, Rest extends unknown[]
     // A network error has the status 0.
     const answer = { status: () => response?.status || undefined, clear: () => response && cancelBody(response) }
     const signal = options.signal ? options.signal(request) : request.signal
-    await serveFetched(
+    await serveCall(
       { request, identity: request, options, signal },
       answer,
       async () => {

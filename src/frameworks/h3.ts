@@ -6,7 +6,7 @@ import {
   type DatabaseContextOptions,
   type PendingAnswer,
   serveAwaited,
-  serveFetched,
+  serveCall,
 } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
@@ -61,7 +61,7 @@ export function databaseContext<Event extends H3EventLike = H3EventLike>(
       const onFailure = (error: unknown) => answerPlainly(error, request, response)
       await serveAwaited({ request: event, node: { request, response }, options, onFailure }, answer, proceed)
     } else {
-      await serveFetched({ request: event, identity: event.req, options, signal: event.req.signal }, answer, proceed)
+      await serveCall({ request: event, identity: event.req, options, signal: event.req.signal }, answer, proceed)
     }
     return result
   }

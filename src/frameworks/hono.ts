@@ -5,7 +5,7 @@ import {
   type DatabaseContextOptions,
   type PendingAnswer,
   serveAwaited,
-  serveFetched,
+  serveCall,
 } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
@@ -37,7 +37,7 @@ export function databaseContext(options: DatabaseContextOptions<HonoRequest> = {
       const onFailure = (error: unknown) => answerPlainly(error, incoming, outgoing)
       await serveAwaited({ request, node: { request: incoming, response: outgoing }, options, onFailure }, answer, next)
     } else {
-      await serveFetched({ request, identity: request.raw, options, signal: request.raw.signal }, answer, next)
+      await serveCall({ request, identity: request.raw, options, signal: request.raw.signal }, answer, next)
     }
   }
 }

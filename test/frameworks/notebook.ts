@@ -1,6 +1,8 @@
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { gunzipSync } from 'node:zlib'
-import { afterAll, afterEach, beforeAll, beforeEach } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, expect } from 'vitest'
 import { type RawAnswer, RawClient, type RawRequest } from '../../src/conformance/raw-client.ts'
+import type { ContextEvent } from '../../src/events.ts'
 import { createDatabases, type Databases } from './support.ts'
 
 /** What the handlers of a test write to, and how its answers are read. */
@@ -15,6 +17,8 @@ export interface Notebook {
   doom(): Promise<void>
   /** What was committed, as another connection sees it. */
   notes(): Promise<unknown[]>
+  /** How many contexts the test has opened, once all have ended. */
+  contexts(): Promise<number>
   open(port: number): Promise<RawClient>
   ask(port: number, request: RawRequest): Promise<RawAnswer>
 }
@@ -23,6 +27,8 @@ export interface Notebook {
 export function useNotebook(): Notebook {
   let databases: Databases
   const closing: (() => unknown)[] = []
+  let [opened, ended] = [0, 0]
+  const onContext = (message: unknown) => void ((message as ContextEvent).type === 'opened' ? opened++ : ended++)
 
   beforeAll(async () => {
     databases = await createDatabases()
@@ -30,7 +36,12 @@ export function useNotebook(): Notebook {
     await databases.main.witness('create table parents (id int primary key)')
     await databases.main.witness('create table doomed (parent int references parents deferrable initially deferred)')
   })
-  beforeEach(() => databases.main.witness('truncate notes'))
+  beforeEach(() => {
+    opened = ended = 0
+    subscribe('ambient-db:context', onContext)
+    return databases.main.witness('truncate notes')
+  })
+  afterEach(() => void unsubscribe('ambient-db:context', onContext))
   afterEach(async () => {
     for (const close of closing.splice(0).reverse()) await close()
   })
@@ -50,6 +61,10 @@ export function useNotebook(): Notebook {
     note: async (id) => void (await databases.main.query('insert into notes values ($1)', [id])),
     doom: async () => void (await databases.main.query('insert into doomed values (1)')),
     notes: async () => (await databases.main.witness('select id from notes order by id')).map(({ id }) => id),
+    async contexts() {
+      await expect.poll(() => ended).toBe(opened)
+      return opened
+    },
     open,
     async ask(port, request) {
       const client = await open(port)
