@@ -70,6 +70,7 @@ function configuration(): object {
     extends: resolve('tsconfig.json'),
     compilerOptions: {
       moduleDetection: 'force',
+      experimentalDecorators: true, // as NestJS needs them
       paths: {
         'ambient-db': [source('index.ts')],
         'ambient-db/*': [source('*.ts'), source('adapters/*.ts'), source('frameworks/*.ts')],

@@ -1,18 +1,22 @@
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { createSecureServer, type Http2ServerRequest, type Http2ServerResponse } from 'node:http2'
+import { defineDatabase } from 'ambient-db'
 import { databaseContext as expressContext } from 'ambient-db/express'
 import { databaseContext as fastifyContext } from 'ambient-db/fastify'
 import { databaseContext as fetchContext } from 'ambient-db/fetch'
 import { databaseContext as h3Context } from 'ambient-db/h3'
 import { databaseContext as honoContext } from 'ambient-db/hono'
 import { databaseContext as koaContext } from 'ambient-db/koa'
+import { Atomic, DatabaseContextModule, InjectHandle } from 'ambient-db/nestjs'
 import { databaseContext as nodeContext } from 'ambient-db/node-http'
+import { pgAdapter } from 'ambient-db/pg'
 import express from 'express'
 import express4 from 'express4'
 import fastify, { type FastifyRequest } from 'fastify'
 import { H3, type H3Event } from 'h3'
 import { Hono, type HonoRequest } from 'hono'
 import Koa, { type Request as KoaRequest } from 'koa'
+import { Pool } from 'pg'
 import { expectTypeOf, it } from 'vitest'
 
 it('the middleware for Express gives its options the request of the app', () => {
@@ -124,4 +128,22 @@ it('the middleware for h3 gives its options the event', () => {
       },
     }),
   )
+})
+
+it('the module for NestJS takes databases of any kind, and `Atomic` both kinds of decorators', () => {
+  const main = defineDatabase({ name: 'main', adapter: pgAdapter(() => new Pool()) })
+  DatabaseContextModule.forRoot({ databases: [main], skip: ({ url }) => url === '/health' })
+  DatabaseContextModule.forRoot<express.Request>({ databases: [main], skip: ({ path }) => path === '/health' })
+  class Users {
+    @Atomic(main, { isolationLevel: 'serializable' })
+    async create(name: string): Promise<string> {
+      return name
+    }
+  }
+  expectTypeOf(new Users().create).toEqualTypeOf<(name: string) => Promise<string>>()
+  const descriptor = Object.getOwnPropertyDescriptor(Users.prototype, 'create') as TypedPropertyDescriptor<
+    Users['create']
+  >
+  expectTypeOf(Atomic(main)(Users.prototype, 'create', descriptor)).toBeVoid()
+  InjectHandle('main')(Users, undefined, 0)
 })

@@ -1,7 +1,19 @@
 import { beforeAll, describe, expect, it } from 'vitest'
 import { runShort } from '../short-run.ts'
 
-const subjects = ['node:http', 'node:http2', 'Express 4', 'Express 5', 'Fastify 5', 'Koa 3', 'Hono 4', 'h3 2', 'fetch']
+const subjects = [
+  'node:http',
+  'node:http2',
+  'Express 4',
+  'Express 5',
+  'Fastify 5',
+  'NestJS 12 on Express',
+  'NestJS 12 on Fastify',
+  'Koa 3',
+  'Hono 4',
+  'h3 2',
+  'fetch',
+]
 
 /** `npm run truth -- audit` sends 10,000 requests through each framework; here it is 100. */
 describe('the acknowledgement audit', () => {

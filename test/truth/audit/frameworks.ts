@@ -1,13 +1,12 @@
 import { createServer, type IncomingMessage, type RequestListener, type ServerResponse } from 'node:http'
 import { createServer as createHttp2Server } from 'node:http2'
 import type { AddressInfo, Server } from 'node:net'
-import { pipeline, Readable } from 'node:stream'
 import { text } from 'node:stream/consumers'
 import { getRequestListener } from '@hono/node-server'
 import bodyParser from '@koa/bodyparser'
 import express from 'express'
 import express4 from 'express4'
-import fastify, { type FastifyInstance, type FastifyReply } from 'fastify'
+import fastify, { type FastifyInstance } from 'fastify'
 import { H3, toNodeHandler } from 'h3'
 import { Hono } from 'hono'
 import Koa from 'koa'
@@ -19,6 +18,8 @@ import { databaseContext as honoContext } from '../../../src/frameworks/hono.ts'
 import { databaseContext as koaContext } from '../../../src/frameworks/koa.ts'
 import { databaseContext } from '../../../src/frameworks/node-http.ts'
 import type { DatabaseContextOptions } from '../../../src/request.ts'
+import { onNest } from './nest.ts'
+import { replyByExpress, replyByFastify, replyByNode, toResponse } from './replies.ts'
 import { type Answer, Recoverable } from './styles.ts'
 
 /** Milliseconds for which a connection waits for its client, on a busy machine. */
@@ -60,58 +61,41 @@ function onNode(
         if (error instanceof Recoverable) return error.answer // there is no error handling behind the handler to do it
         throw error
       })
-      send(answer, response)
+      replyByNode(answer, response)
     }
     const onError = (error: unknown, _request: unknown, response: ServerResponse) => {
-      if (!response.headersSent) send(app.explain(error), response)
+      if (!response.headersSent) replyByNode(app.explain(error), response)
     }
     return listen(create(databaseContext(handler, { ...app.options, onError })))
   }
   return { name, protocol, serve }
 }
 
-/** Sends an answer by Node's own means. */
-function send({ status, location, body }: Answer, response: ServerResponse): void {
-  if (location !== undefined) response.setHeader('location', location)
-  if (body instanceof Readable) {
-    pipeline(body, response.writeHead(status), () => {})
-  } else {
-    response.writeHead(status, body && { 'content-type': 'application/json' })
-    response.end(body && JSON.stringify(body))
-  }
-}
-
 /** A middleware of Express, true or not. */
 export type ExpressMiddleware = (options: App['options']) => express.RequestHandler
 
 export function onExpress(name: string, framework: typeof express, middleware: ExpressMiddleware): Framework {
-  const reply = ({ status, location, body }: Answer, response: express.Response) => {
-    if (location !== undefined) response.redirect(status, location)
-    else if (body instanceof Readable) pipeline(body, response.status(status), () => {})
-    else if (body) response.status(status).json(body)
-    else response.status(status).end()
-  }
   const serve = (app: App) => {
     const server = framework()
     server.use(middleware(app.options), framework.json())
     server.post('/callback/:request', (request, response, next) => {
-      app.handle(request.originalUrl, request.body).then((answer) => reply(answer, response), next)
+      app.handle(request.originalUrl, request.body).then((answer) => replyByExpress(answer, response), next)
     })
     server.use(async (request, response, next) => {
       try {
-        reply(await app.handle(request.originalUrl, request.body), response)
+        replyByExpress(await app.handle(request.originalUrl, request.body), response)
       } catch (error) {
         next(error)
       }
     })
     // What fails in an error handler, and so the commit of an answer that one gave, goes to those behind it.
     server.use((error: unknown, _request: unknown, response: express.Response, next: express.NextFunction) => {
-      if (error instanceof Recoverable) reply(error.answer, response)
+      if (error instanceof Recoverable) replyByExpress(error.answer, response)
       else next(error)
     })
     server.use((error: unknown, _request: unknown, response: express.Response, next: express.NextFunction) => {
       if (response.headersSent) next(error)
-      else reply(app.explain(error), response)
+      else replyByExpress(app.explain(error), response)
     })
     return listen(createServer(server))
   }
@@ -123,20 +107,18 @@ const onFastify: Framework = {
   protocol: 'http1',
   async serve(app) {
     const server: FastifyInstance = fastify({ keepAliveTimeout })
-    const send = ({ status, location, body }: Answer, reply: FastifyReply) =>
-      location === undefined ? reply.code(status).send(body) : reply.redirect(location, status)
     await server.register(fastifyContext, app.options)
-    server.setErrorHandler((error, _request, reply) => send(app.explain(error), reply))
+    server.setErrorHandler((error, _request, reply) => replyByFastify(app.explain(error), reply))
     server.register(async (routes) => {
       routes.setErrorHandler((error, _request, reply) => {
-        if (error instanceof Recoverable) return send(error.answer, reply)
+        if (error instanceof Recoverable) return replyByFastify(error.answer, reply)
         throw error
       })
       routes.post('/callback/:request', (request, reply) => {
-        const answered = (answer: Answer) => void send(answer, reply)
+        const answered = (answer: Answer) => void replyByFastify(answer, reply)
         app.handle(request.url, request.body).then(answered, (error) => void reply.send(error))
       })
-      routes.post('*', async (request, reply) => send(await app.handle(request.url, request.body), reply))
+      routes.post('*', async (request, reply) => replyByFastify(await app.handle(request.url, request.body), reply))
     })
     const { port } = new URL(await server.listen({ host: '127.0.0.1', port: 0 }))
     return { port: Number(port), close: () => server.close() }
@@ -172,18 +154,10 @@ const onKoa: Framework = {
     server.use(async (context) => reply(await app.handle(context.url, context.request.body), context))
     // Where an answer to an error fails, those that would explain it are done.
     server.context.onerror = function onError(error) {
-      if (error && !this.headerSent) send(app.explain(error), this.res)
+      if (error && !this.headerSent) replyByNode(app.explain(error), this.res)
     }
     return listen(createServer(server.callback()))
   },
-}
-
-/** An answer as a response of the web. */
-function toResponse({ status, location, body }: Answer): Response {
-  const headers = new Headers(location === undefined ? {} : { location })
-  if (body instanceof Readable) return new Response(Readable.toWeb(body) as ReadableStream, { status, headers })
-  if (body) headers.set('content-type', 'application/json')
-  return new Response(body ? JSON.stringify(body) : null, { status, headers })
 }
 
 const pathOf = ({ url }: { readonly url: string | URL }) => new URL(url, 'http://localhost').pathname
@@ -257,6 +231,8 @@ export const frameworks: readonly Framework[] = [
   onExpress('Express 4', express4 as unknown as typeof express, expressContext), // the calls are the same in both
   onExpress('Express 5', express, expressContext),
   onFastify,
+  onNest('NestJS 12 on Express', 'express'),
+  onNest('NestJS 12 on Fastify', 'fastify'),
   onKoa,
   onHono,
   onH3,
