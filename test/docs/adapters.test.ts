@@ -1,11 +1,14 @@
 import { readFileSync } from 'node:fs'
 import { DatabaseSync } from 'node:sqlite'
+import type { PGliteInterface } from '@electric-sql/pglite'
 import { drizzleAdapter } from 'ambient-db/drizzle'
 import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
+import { pgliteAdapter } from 'ambient-db/pglite'
 import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg } from 'drizzle-orm/node-postgres'
+import { drizzle as drizzlePglite } from 'drizzle-orm/pglite'
 import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
@@ -13,11 +16,15 @@ import { expect, it } from 'vitest'
 import type { Adapter, Capabilities } from '../../src/adapter.ts'
 import { forKysely } from '../support/sqlite.ts'
 
+/** In place of a PGlite, which takes seconds to start. */
+const closable = { close: async () => {} } as PGliteInterface
+
 /** Engines that connect to nothing; each has a row in the table of the documentation. */
 const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
   '`pgAdapter`': () => pgAdapter(() => new Pool()),
   '`pgAdapter`, pool with `pipeline: true`': () => pgAdapter(() => new Pool({ pipeline: true } as PoolConfig)),
   '`mysql2Adapter`': () => mysql2Adapter(() => createPool({})),
+  '`pgliteAdapter`': () => pgliteAdapter(() => closable),
   '`drizzleAdapter` over `pgAdapter`': () =>
     drizzleAdapter(
       pgAdapter(() => new Pool()),
@@ -27,6 +34,11 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
     drizzleAdapter(
       mysql2Adapter(() => createPool({})),
       (client) => drizzleMysql({ client }),
+    ),
+  '`drizzleAdapter` over `pgliteAdapter`': () =>
+    drizzleAdapter(
+      pgliteAdapter(() => closable),
+      (client) => drizzlePglite({ client }),
     ),
   '`kyselyAdapter` over a `PostgresDialect`': () => kyselyAdapter(() => new PostgresDialect({ pool: new Pool() })),
   '`kyselyAdapter` over a `MysqlDialect`': () => kyselyAdapter(() => new MysqlDialect({ pool: createPool({}).pool })),

@@ -59,7 +59,13 @@ describe('an installation of the tarball', () => {
 
   describe('beside the libraries that it adapts', () => {
     beforeAll(() => {
-      for (const name of [...Object.keys(manifest.peerDependencies), '@types/node', '@types/pg', '@types/express']) {
+      for (const name of [
+        ...Object.keys(manifest.peerDependencies),
+        '@types/node',
+        '@types/pg',
+        '@types/express',
+        '@types/emscripten',
+      ]) {
         const link = join(consumer, 'node_modules', name)
         mkdirSync(dirname(link), { recursive: true })
         if (!existsSync(link)) symlinkSync(resolve('node_modules', name), link)
@@ -93,7 +99,7 @@ describe('an installation of the tarball', () => {
               target: 'es2022',
               strict: true,
               noEmit: true,
-              types: ['node'],
+              types: ['node', 'emscripten'], // the declarations of PGlite need them
               skipLibCheck: false,
             },
             files: ['esm.mts', 'commonjs.cts', 'compiled-to-commonjs.cts'],

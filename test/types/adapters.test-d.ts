@@ -1,3 +1,4 @@
+import { PGlite } from '@electric-sql/pglite'
 import {
   type AmbientDatabase,
   type AmbientSession,
@@ -12,9 +13,11 @@ import { drizzleAdapter, drizzleHandle } from 'ambient-db/drizzle'
 import { kyselyAdapter, kyselyHandle } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
+import { pgliteAdapter } from 'ambient-db/pglite'
 import { drizzle as drizzleMysql, type MySql2Database } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg, type NodePgDatabase } from 'drizzle-orm/node-postgres'
 import { pgTable, serial, text } from 'drizzle-orm/pg-core'
+import { drizzle as drizzlePglite, type PgliteDatabase } from 'drizzle-orm/pglite'
 import { defineRelations } from 'drizzle-orm-next'
 import { drizzle as drizzleNextMysql, type MySql2Database as NextMysqlDatabase } from 'drizzle-orm-next/mysql2'
 import { drizzle as drizzleNext } from 'drizzle-orm-next/node-postgres'
@@ -282,5 +285,26 @@ describe('the suite', () => {
     expectTypeOf(() => first?.run(harness)).returns.toEqualTypeOf<
       Promise<{ readonly skipped: string } | undefined> | undefined
     >()
+  })
+})
+
+describe('pgliteAdapter', () => {
+  it('gives a PGlite, and the engine of the factory', () => {
+    const main = defineDatabase({
+      name: 'main',
+      adapter: pgliteAdapter(async (host: string) => new PGlite(host)),
+      host: './data',
+    })
+    expectTypeOf(main).toEqualTypeOf<AmbientDatabase<PGlite, PGlite>>()
+    expectTypeOf(main.db.query<{ id: number }>('select 1 as id')).resolves.toHaveProperty('rows')
+  })
+
+  it('carries Drizzle with its exact type', () => {
+    const driver = pgliteAdapter(() => new PGlite())
+    const main = defineDatabase({
+      name: 'main',
+      adapter: drizzleAdapter(driver, (client) => drizzlePglite({ client })),
+    })
+    expectTypeOf(main.db).toEqualTypeOf<PgliteDatabase & { $client: PGlite }>()
   })
 })
