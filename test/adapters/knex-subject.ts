@@ -1,0 +1,74 @@
+import { defineDatabase } from 'ambient-db'
+import type { AdapterHarness, EngineProbe, HarnessOptions } from 'ambient-db/conformance'
+import { knexAdapter } from 'ambient-db/knex'
+import type { Knex } from 'knex'
+
+/** How the suite uses a Knex, whatever its dialect. */
+export const knexOperations = {
+  async *stream(handle) {
+    for await (const { id } of handle('items').select('id').orderBy('id').stream({ highWaterMark: 1 })) yield id
+  },
+  transaction: (handle, work) =>
+    handle.transaction((trx) => work({ insert: async (id) => await trx('items').insert({ id }) })),
+  async beginTransaction(handle) {
+    const trx = await handle.transaction()
+    return {
+      insert: async (id) => await trx('items').insert({ id }),
+      commit: async () => await trx.commit(),
+      rollback: async () => await trx.rollback(),
+    }
+  },
+} satisfies Partial<AdapterHarness<Knex>>
+
+/** An engine with the pool of Knex, and what became of its connections. */
+class KnexProbe implements EngineProbe {
+  readonly host: string | undefined
+  readonly living: Set<unknown> = new Set()
+  readonly #knex: Knex
+  readonly #pool: { numUsed(): number }
+
+  constructor(host: string | undefined, made: Knex) {
+    this.host = host
+    this.#knex = made
+    this.#pool = made.client.pool
+  }
+
+  get open(): number {
+    return this.living.size // a connection that is gone stays in the pool until the next one is asked for
+  }
+
+  get busy(): number {
+    return this.#pool.numUsed()
+  }
+
+  get closed(): boolean {
+    return this.#knex.client.pool === undefined
+  }
+}
+
+/** Engines over the pool of Knex in place of those of a harness for a driver. */
+export function withKnexPools(make: (connections: number, afterCreate: Knex.PoolConfig['afterCreate']) => Knex) {
+  let probes: KnexProbe[] = []
+  return {
+    probes: () => probes,
+    forget() {
+      probes = []
+    },
+    define({ connections = 10, ...options }: HarnessOptions<Knex> = {}) {
+      const open = (host?: string) => {
+        const watch = (connection: NodeJS.EventEmitter, done: (error: null, connection: unknown) => void) => {
+          probe.living.add(connection)
+          const gone = () => probe.living.delete(connection)
+          connection.on('end', gone).on('error', gone)
+          done(null, connection)
+        }
+        const made = make(connections, watch)
+        const probe = new KnexProbe(host, made)
+        probes.push(probe)
+        return made
+      }
+      const factory = options.host === undefined ? () => open() : (host: string) => open(host)
+      return defineDatabase({ name: 'main', ...options, adapter: knexAdapter(factory) })
+    },
+  }
+}
