@@ -24,8 +24,10 @@ export const knexOperations = {
 class KnexProbe implements EngineProbe {
   readonly host: string | undefined
   readonly living: Set<unknown> = new Set()
+  /** It has been more than what queries are built with, which needs no context. */
+  connected = false
   readonly #knex: Knex
-  readonly #pool: { numUsed(): number }
+  readonly #pool: { numUsed(): number; readonly free: readonly { readonly resource: { __knex__disposed?: unknown } }[] }
 
   constructor(host: string | undefined, made: Knex) {
     this.host = host
@@ -34,7 +36,8 @@ class KnexProbe implements EngineProbe {
   }
 
   get open(): number {
-    return this.living.size // a connection that is gone stays in the pool until the next one is asked for
+    // Knex forgets one that it is not to use any more when it looks for the next.
+    return this.busy + this.#pool.free.filter(({ resource }) => !resource.__knex__disposed).length
   }
 
   get busy(): number {
@@ -50,13 +53,14 @@ class KnexProbe implements EngineProbe {
 export function withKnexPools(make: (connections: number, afterCreate: Knex.PoolConfig['afterCreate']) => Knex) {
   let probes: KnexProbe[] = []
   return {
-    probes: () => probes,
+    probes: () => probes.filter(({ connected }) => connected),
     forget() {
       probes = []
     },
     define({ connections = 10, ...options }: HarnessOptions<Knex> = {}) {
       const open = (host?: string) => {
         const watch = (connection: NodeJS.EventEmitter, done: (error: null, connection: unknown) => void) => {
+          probe.connected = true
           probe.living.add(connection)
           const gone = () => probe.living.delete(connection)
           connection.on('end', gone).on('error', gone)
