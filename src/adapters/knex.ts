@@ -377,21 +377,9 @@ function ambientClient(
 
     override async _stream(connection: object, query: Query, stream: Transform, options: unknown): Promise<unknown> {
       const lease = leaseOf(connection)
-      const { block } = lease
       const server = served.get(own) ?? (await serve(own))
-      const inBlock: Statements<object> = {
-        ...statements,
-        run: (statement) => statements.run(statement, block),
-        openStream: (destroy) => statements.openStream(destroy, block),
-      }
-      stream.once('pipe', (rows: Readable) => {
-        const { destroy } = stream
-        stream.destroy = (error) => {
-          rows.destroy() // now, and not when the stream is closed: until then the session would be taken
-          return destroy.call(stream, error)
-        }
-      })
-      return super._stream(server.streaming(inBlock) ?? lease, query, stream, options)
+      const facade = server.streaming(untilRead(statements, stream, lease.block)) ?? lease
+      return super._stream(facade, query, stream, options)
     }
 
     override transaction(container: Container, config: TransactionConfig, outer?: unknown): unknown {
@@ -422,6 +410,47 @@ function ambientClient(
     Object.defineProperty(client, key, { get: () => own[key], set: () => {} }) // Knex asks the first connection for them
   }
   return client
+}
+
+/** Lets what streams to `stream` keep the session until that was read or left, however much of it is buffered. */
+function untilRead(statements: Statements<object>, stream: Transform, block?: NativeBlock): Statements<object> {
+  let rows: Readable | undefined
+  stream.once('pipe', (source: Readable) => {
+    rows = source
+  })
+  return {
+    ...statements,
+    run: (statement) => statements.run(statement, block),
+    async openStream(destroyRows) {
+      let ended = false
+      let finish: (() => void) | undefined
+      const end = (error: Error) => {
+        ended = true
+        destroyRows(error)
+        if (stream.writableEnded) {
+          if (stream.listenerCount('error') === 0) stream.on('error', () => {}) // whoever reads on gets it; it ends no process
+          stream.destroy(error)
+        }
+        finish?.()
+      }
+      const open = await statements.openStream(end, block)
+      const { destroy } = stream
+      let left = stream.destroyed
+      stream.destroy = (error) => {
+        left = true
+        open.closing() // now, and not when Knex hears of it: until then others would be refused
+        rows?.destroy()
+        return destroy.call(stream, error)
+      }
+      const close = (error?: unknown) => {
+        if (ended || error || left) return open.close(error)
+        finish = () => open.close()
+        stream.once('close', finish)
+      }
+      // The rows may be all in the buffer, and are closed then.
+      return { ...open, close, closing: () => left && open.closing() }
+    },
+  }
 }
 
 type Start = (container: Container, config: TransactionConfig) => KnexTransaction

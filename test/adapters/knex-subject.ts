@@ -2,6 +2,12 @@ import { defineDatabase } from 'ambient-db'
 import type { AdapterHarness, EngineProbe, HarnessOptions } from 'ambient-db/conformance'
 import { knexAdapter } from 'ambient-db/knex'
 import type { Knex } from 'knex'
+import { until } from '../support/gate.ts'
+
+/** Sends SQL now, as the operations of the suite are to do. */
+export function sendRaw(handle: Knex, sql: string, parameters: unknown[] = []): Promise<unknown> {
+  return handle.raw(sql, parameters as Knex.RawBinding[]).then((result: unknown) => result)
+}
 
 /** How the suite uses a Knex, whatever its dialect. */
 export const knexOperations = {
@@ -49,13 +55,21 @@ class KnexProbe implements EngineProbe {
   }
 }
 
-/** Engines over the pool of Knex in place of those of a harness for a driver. */
-export function withKnexPools(make: (connections: number, afterCreate: Knex.PoolConfig['afterCreate']) => Knex) {
+type Made = (connections: number, afterCreate: NonNullable<Knex.PoolConfig['afterCreate']>) => Knex
+
+/** A harness for a driver, with engines over the pool of Knex. */
+export function withKnexPools<Harness extends AdapterHarness<Knex>>(base: Harness, make: Made): Harness {
   let probes: KnexProbe[] = []
   return {
-    probes: () => probes.filter(({ connected }) => connected),
-    forget() {
+    ...base,
+    engines: () => probes.filter(({ connected }) => connected),
+    async reset() {
       probes = []
+      await base.reset()
+    },
+    async kill() {
+      await base.kill?.()
+      await until(async () => probes.every(({ living }) => living.size === 0), 'the clients to notice')
     },
     define({ connections = 10, ...options }: HarnessOptions<Knex> = {}) {
       const open = (host?: string) => {
