@@ -1,4 +1,4 @@
-import { defineDatabase } from 'ambient-db'
+import { type AmbientDatabase, defineDatabase } from 'ambient-db'
 import type { AdapterHarness, EngineProbe, HarnessOptions } from 'ambient-db/conformance'
 import { knexAdapter } from 'ambient-db/knex'
 import type { Knex } from 'knex'
@@ -30,8 +30,6 @@ export const knexOperations = {
 class KnexProbe implements EngineProbe {
   readonly host: string | undefined
   readonly living: Set<unknown> = new Set()
-  /** It has been more than what queries are built with, which needs no context. */
-  connected = false
   readonly #knex: Knex
   readonly #pool: { numUsed(): number; readonly free: readonly { readonly resource: { __knex__disposed?: unknown } }[] }
 
@@ -55,6 +53,21 @@ class KnexProbe implements EngineProbe {
   }
 }
 
+/** Defines a database; `taken` hears of each engine that is more than what queries are built with, which needs no context. */
+export function defineKnex(
+  open: (host?: string) => Knex,
+  options: HarnessOptions<Knex>,
+  taken: (engine: Knex) => void,
+): AmbientDatabase<Knex, Knex> {
+  const adapter = knexAdapter(options.host === undefined ? () => open() : (host: string) => open(host))
+  const createEngine = async (host: string | undefined) => {
+    const engine = await adapter.createEngine(host)
+    taken(engine)
+    return engine
+  }
+  return defineDatabase({ name: 'main', ...options, adapter: { ...adapter, createEngine } })
+}
+
 type Made = (connections: number, afterCreate: NonNullable<Knex.PoolConfig['afterCreate']>) => Knex
 
 /** A harness for a driver, with engines over the pool of Knex. */
@@ -62,7 +75,7 @@ export function withKnexPools<Harness extends AdapterHarness<Knex>>(base: Harnes
   let probes: KnexProbe[] = []
   return {
     ...base,
-    engines: () => probes.filter(({ connected }) => connected),
+    engines: () => probes,
     async reset() {
       probes = []
       await base.reset()
@@ -72,21 +85,20 @@ export function withKnexPools<Harness extends AdapterHarness<Knex>>(base: Harnes
       await until(async () => probes.every(({ living }) => living.size === 0), 'the clients to notice')
     },
     define({ connections = 10, ...options }: HarnessOptions<Knex> = {}) {
+      const made = new WeakMap<Knex, KnexProbe>()
       const open = (host?: string) => {
         const watch = (connection: NodeJS.EventEmitter, done: (error: null, connection: unknown) => void) => {
-          probe.connected = true
           probe.living.add(connection)
           const gone = () => probe.living.delete(connection)
           connection.on('end', gone).on('error', gone)
           done(null, connection)
         }
-        const made = make(connections, watch)
-        const probe = new KnexProbe(host, made)
-        probes.push(probe)
-        return made
+        const engine = make(connections, watch)
+        const probe = new KnexProbe(host, engine)
+        made.set(engine, probe)
+        return engine
       }
-      const factory = options.host === undefined ? () => open() : (host: string) => open(host)
-      return defineDatabase({ name: 'main', ...options, adapter: knexAdapter(factory) })
+      return defineKnex(open, options, (engine) => probes.push(made.get(engine) as KnexProbe)) // open has set it
     },
   }
 }
