@@ -207,6 +207,8 @@ function sqliteDriver(client: KnexClient): Adapter<unknown, unknown, object> {
 interface Query {
   sql: string
   bindings?: unknown[]
+  timeout?: number
+  cancelOnTimeout?: boolean
 }
 
 /** What is used of a Knex client; the types of Knex leave much of it open. */
@@ -219,7 +221,7 @@ interface KnexClient {
   acquireConnection(): Promise<object>
   releaseConnection(connection: object): Promise<void>
   runner(builder: unknown): { connection?: object }
-  transaction(container: Container, config: TransactionConfig, outer?: unknown): unknown
+  transaction(container: Container, config: TransactionConfig, outer?: KnexTransaction): unknown
   query(connection: object, query: Query | string): Promise<unknown>
   _query(connection: object, query: Query): Promise<unknown>
   _stream(connection: object, query: Query, stream: Transform, options: unknown): Promise<unknown>
@@ -245,6 +247,7 @@ interface TransactionConfig {
 interface Transactor {
   readonly client: KnexClient
   readonly context: KnexContext
+  isCompleted(): boolean
 }
 
 interface KnexContext {
@@ -258,6 +261,7 @@ interface KnexContext {
 interface KnexTransaction {
   readonly txid: string
   readonly doNotRejectOnRollback?: boolean
+  isCompleted(): boolean
   _completed: boolean
   _resolver(value?: unknown): void
   _rejecter(error: unknown): void
@@ -275,8 +279,16 @@ class Lease {
   block: NativeBlock | undefined
   /** Whether the transaction has no callback, by which what belongs to it could be told. */
   unscoped = false
-  /** The connection that its query runs on. */
-  running: object | undefined
+  /** Its queries that have no answer yet. */
+  readonly pending: Set<Pending> = new Set()
+}
+
+interface Pending {
+  /** When it is to be cancelled, if at all. */
+  readonly due: number
+  /** The connection that it runs on. */
+  raw?: object
+  withdrawn?: boolean
 }
 
 const events = ['start', 'query', 'query-error', 'query-response']
@@ -364,14 +376,20 @@ function ambientClient(
     override async _query(connection: object, query: Query): Promise<unknown> {
       const lease = leaseOf(connection)
       if (!query.sql) throw new Error('The query is empty')
+      const due = query.cancelOnTimeout && query.timeout ? performance.now() + query.timeout : Number.POSITIVE_INFINITY
+      const pending: Pending = { due }
+      lease.pending.add(pending)
       try {
         if (parseTransactionControl(query.sql)) throw controlRefused(statements.name)
         return await statements.run((raw) => {
-          lease.running = raw
+          if (pending.withdrawn) throw new Error('The query was cancelled before its turn.')
+          pending.raw = raw
           return super._query(raw, query)
         }, lease.block)
       } catch (error) {
         throw isAmbientError(error) ? new Refusal(undefined, { cause: error }) : error
+      } finally {
+        lease.pending.delete(pending)
       }
     }
 
@@ -382,9 +400,10 @@ function ambientClient(
       return super._stream(facade, query, stream, options)
     }
 
-    override transaction(container: Container, config: TransactionConfig, outer?: unknown): unknown {
+    override transaction(container: Container, config: TransactionConfig, outer?: KnexTransaction): unknown {
       const start: Start = (work, settings) => super.transaction(work, settings, outer) as KnexTransaction
       try {
+        if (outer?.isCompleted()) throw transactionEnded(statements)
         return transact(statements, this.lease, start, container, config)
       } catch (error) {
         return Promise.reject(error)
@@ -392,8 +411,10 @@ function ambientClient(
     }
 
     override async cancelQuery(connection: object): Promise<unknown> {
-      const { running } = leaseOf(connection)
-      return running && serverOf(running)?.client.cancelQuery(running)
+      const [first] = [...leaseOf(connection).pending].sort((one, other) => one.due - other.due)
+      if (first?.raw) return serverOf(first.raw)?.client.cancelQuery(first.raw)
+      if (first) first.withdrawn = true
+      return undefined
     }
 
     override initializePool(): void {
@@ -476,7 +497,13 @@ function transact(
     if (!outer) block.release()
   }
   const work: Container = (transactor) => {
-    transactor.client.lease = lease
+    const { client } = transactor
+    const query = client.query.bind(client)
+    client.query = async (...args) => {
+      if (transactor.isCompleted()) throw transactionEnded(statements)
+      return query(...args)
+    }
+    client.lease = lease
     markUnscoped(transactor.context)
     return container(transactor)
   }
@@ -520,6 +547,12 @@ function transact(
   }
   const inside = () => (outer || free ? begin() : block.enter(begin))
   return around?.block && !outer ? around.block.enter(inside) : inside()
+}
+
+function transactionEnded({ name }: Statements<object>): AmbientError {
+  return new AmbientError('AMBIENT_BLOCK_ENDED', 'A transaction of Knex was used after it had ended.', {
+    database: name,
+  })
 }
 
 async function undo(block: NativeBlock, savepoint: string): Promise<void> {
