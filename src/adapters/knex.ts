@@ -21,7 +21,7 @@ import { notFromServer, sqliteErrorTraits } from '../traits.ts'
  *
  * const main = defineDatabase({
  *   name: 'main',
- *   adapter: knexAdapter(() => knex({ client: 'pg', connection: process.env.DATABASE_URL })),
+ *   adapter: knexAdapter(() => knex({ client: 'pg', connection: process.env.DATABASE_URL ?? 'postgres://localhost/app' })),
  * })
  * await newContext(() => main.db('visits').insert({ path: '/' }))
  * ```
