@@ -1,5 +1,5 @@
 import type { Readable, Transform } from 'node:stream'
-import { type Knex, knex } from 'knex'
+import knex, { type Knex } from 'knex'
 import { type Adapter, callFactory, type NativeBlock, type Statements, type TransactionSettings } from '../adapter.ts'
 import { detach } from '../context.ts'
 import { AmbientError, isAmbientError } from '../errors.ts'
@@ -17,7 +17,7 @@ import { notFromServer, sqliteErrorTraits } from '../traits.ts'
  * ```ts
  * import { defineDatabase, newContext } from 'ambient-db'
  * import { knexAdapter } from 'ambient-db/knex'
- * import { knex } from 'knex'
+ * import knex from 'knex'
  *
  * const main = defineDatabase({
  *   name: 'main',
@@ -96,13 +96,19 @@ interface Server {
   streaming(statements: Statements<object>): object | undefined
 }
 
-/** The engines that were asked for a connection. */
+const serving = new WeakMap<KnexClient, Promise<Server>>()
+/** What has come of `serving`. */
 const served = new WeakMap<KnexClient, Server>()
 
-async function serve(client: KnexClient): Promise<Server> {
-  const server = served.get(client) ?? (await makeServer(client))
-  served.set(client, server)
-  return server
+function serve(client: KnexClient): Promise<Server> {
+  const known = serving.get(client)
+  if (known) return known
+  const making = makeServer(client).then((server) => {
+    served.set(client, server)
+    return server
+  })
+  serving.set(client, making)
+  return making
 }
 
 /** How the adapters of the drivers get along with connections that Knex makes. */
@@ -427,8 +433,9 @@ function ambientClient(
   }
   const client: KnexClient = Object.create(AmbientClient.prototype)
   Object.assign(client, own, { _events: undefined, _eventsCount: 0 }) // all but the listeners
-  for (const key of ['version', 'isMariaDB'] as const) {
-    Object.defineProperty(client, key, { get: () => own[key], set: () => {} }) // Knex asks the first connection for them
+  // What Knex learns when it connects.
+  for (const key of ['version', 'isMariaDB', 'connectionSettings'] as const) {
+    Object.defineProperty(client, key, { get: () => own[key] })
   }
   return client
 }
@@ -492,7 +499,9 @@ function transact(
   const block = outer ?? statements.createBlock()
   const before = { block: lease.block, unscoped: lease.unscoped }
   Object.assign(lease, { block, unscoped: free || outer !== undefined })
+  let ended = false
   const over = () => {
+    ended = true
     Object.assign(lease, before)
     if (!outer) block.release()
   }
@@ -535,8 +544,13 @@ function transact(
     }
     trx.rollback = trx.rollbackTo = async (_, error) => {
       trx._completed = true
+      if (ended) return // its end has failed, and told why
       try {
         await (outer ? undo(outer, trx.txid) : block.rollback())
+      } catch (failure) {
+        trx._rejecter(error ?? failure)
+        if (free) throw failure // of a callback nobody would take it
+        return
       } finally {
         over()
       }

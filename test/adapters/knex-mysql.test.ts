@@ -1,4 +1,4 @@
-import { type Knex, knex } from 'knex'
+import knex, { type Knex } from 'knex'
 import type { Connection } from 'mysql2'
 import { afterAll, beforeAll, describe } from 'vitest'
 import { createMysqlDatabase, type MysqlDatabase } from '../support/mysql.ts'

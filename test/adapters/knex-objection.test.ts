@@ -1,6 +1,6 @@
 import { type AmbientDatabase, defineDatabase, newContext } from 'ambient-db'
 import { knexAdapter } from 'ambient-db/knex'
-import { type Knex, knex } from 'knex'
+import knex, { type Knex } from 'knex'
 import { Model, transaction } from 'objection'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { createMysqlDatabase } from '../support/mysql.ts'

@@ -1,4 +1,4 @@
-import { type Knex, knex } from 'knex'
+import knex, { type Knex } from 'knex'
 import { afterAll, beforeAll, describe } from 'vitest'
 import { createDatabase, type TestDatabase } from '../support/postgres.ts'
 import { knexOperations, sendRaw, withKnexPools } from './knex-subject.ts'

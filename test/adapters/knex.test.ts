@@ -1,6 +1,6 @@
 import { type DatabaseOptions, defineDatabase, newContext } from 'ambient-db'
 import { knexAdapter } from 'ambient-db/knex'
-import { type Knex, knex } from 'knex'
+import knex, { type Knex } from 'knex'
 import { Pool } from 'pg'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { gate } from '../support/gate.ts'
@@ -272,6 +272,31 @@ describe('transactions of Knex', () => {
       await main.db('items').insert({ id: 3 })
     })
     expect(await committed()).toEqual([3])
+  })
+
+  it('A4 lets an error that was swallowed in a nested transaction doom only that, with a callback and without', async () => {
+    const main = define()
+    await newContext(async () => {
+      const aborted = { code: 'AMBIENT_TRANSACTION_ABORTED' }
+      const spoil = async (trx: Knex.Transaction, id: number) => {
+        await trx('items').insert({ id })
+        await trx.raw('select * from missing').catch(() => {})
+      }
+      const trx = await main.db.transaction()
+      await trx('items').insert({ id: 1 })
+      await expect(trx.transaction((inner) => spoil(inner, 2))).rejects.toMatchObject(aborted)
+      const inner = await trx.transaction()
+      await spoil(inner, 3)
+      await expect(inner.commit()).rejects.toMatchObject(aborted)
+      await inner.rollback()
+      await trx('items').insert({ id: 4 })
+      await trx.commit()
+      await main.db.transaction(async (scoped) => {
+        await scoped('items').insert({ id: 5 })
+        await expect(scoped.transaction((other) => spoil(other, 6))).rejects.toMatchObject(aborted)
+      })
+    })
+    expect(await committed()).toEqual([1, 4, 5])
   })
 
   it('A6 refuses a transaction that has ended', async () => {
