@@ -514,7 +514,10 @@ function transact(
     }
     client.lease = lease
     markUnscoped(transactor.context)
-    return container(transactor)
+    const result = container(transactor)
+    const chained = typeof (result as { then?: unknown } | undefined)?.then === 'function'
+    if (!chained && !outer && !transactor.isCompleted()) block.leaveOpen() // it ends by hand: Objection's `transaction.start`
+    return result
   }
   const begin = () => {
     const settings = settingsOf(config)
