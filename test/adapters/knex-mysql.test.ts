@@ -1,6 +1,7 @@
+import { newContext } from 'ambient-db'
 import knex, { type Knex } from 'knex'
 import type { Connection } from 'mysql2'
-import { afterAll, beforeAll, describe } from 'vitest'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { createMysqlDatabase, type MysqlDatabase } from '../support/mysql.ts'
 import { knexOperations, sendRaw, withKnexPools } from './knex-subject.ts'
 import { mysqlHarness } from './mysql-support.ts'
@@ -35,4 +36,21 @@ afterAll(async () => {
 
 describe('knexAdapter over mysql2 holds the suite', () => {
   itHoldsTheSuite(() => harness)
+})
+
+describe('knexAdapter knows MySQL', () => {
+  it('S7 says what a rollback could not undo', async () => {
+    await harness.reset()
+    await database.witness.rows('create table kept (id int) engine = MyISAM')
+    const main = harness.define()
+    const work = newContext(async () => {
+      await main.db('kept').insert({ id: 1 })
+      await harness.insert(main.db, 1)
+      await main.rollback()
+    })
+    await expect(work).rejects.toThrow(/Not everything was rolled back/)
+    expect(await harness.witness()).toEqual([])
+    expect(await database.witness.rows('select id from kept')).toEqual([{ id: 1 }])
+    await main.shutdown()
+  })
 })

@@ -178,6 +178,14 @@ describe('the ambient Knex', () => {
     expect(await committed()).toEqual([1])
   })
 
+  it('S7 closes a connection that is not to be used again, and does not wait for Knex to look at it', async () => {
+    const main = define()
+    await main.newSession(({ db }) => db('items').insert({ id: 1 }), { hold: true })
+    const others =
+      "select pid from pg_stat_activity where datname = current_database() and backend_type = 'client backend'"
+    await until(async () => (await database.witness.rows(others)).length === 1, 'the server to be left')
+  })
+
   it('D1 refuses a client that it does not know', async () => {
     const other = defineDatabase({ name: 'other', adapter: knexAdapter(() => knex({ client: 'pgnative' })) })
     await expect(newContext(() => other.db('items').select())).rejects.toMatchObject({
