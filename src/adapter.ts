@@ -228,6 +228,8 @@ export interface NativeBlock {
   enter<Result>(work: () => Result): Result
   /** Waits for its turn and owns the session from then on. Settings must agree with a transaction that is open. */
   begin(settings?: TransactionSettings): Promise<void>
+  /** The work that was entered is over, and the transaction is not: from now on others are refused, as where nothing was entered. */
+  leaveOpen(): void
   /** Joins what runs in it, then keeps its work as part of the session's transaction. */
   commit(): Promise<void>
   /** Undoes its work; the outer work stays. Harmless after the end. */

@@ -1,7 +1,7 @@
 import { Abortion, type AbortOptions } from './abortion.ts'
 import type { TransactionSettings } from './adapter.ts'
 import { bounded } from './clock.ts'
-import { currentScope, runInScope, type Scope, type ScopeBlock } from './context.ts'
+import { currentScope, type Scope, type ScopeBlock, startInScope } from './context.ts'
 import { AmbientError, isAmbientError, stateOutcome } from './errors.ts'
 import { Lane, type Occupant } from './lane.ts'
 import { Level } from './level.ts'
@@ -117,7 +117,7 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   async run<Result>(work: () => Result | Promise<Result>, abortion?: Abortion): Promise<Result> {
     const raced = <Value>(promise: Promise<Value>) => (abortion ? Promise.race([promise, abortion.promise]) : promise)
     try {
-      const result = await raced((async () => runInScope(this.scope, work))())
+      const result = await raced((async () => startInScope(this.scope, work))())
       await raced(this.join())
       await this.end()
       return result

@@ -79,6 +79,22 @@ export function runInScope<Result>(scope: Scope | undefined, work: () => Result)
   return storage.run(scope, work)
 }
 
+/** Like {@link runInScope}, and what `work` returns begins there as well: a query that is sent when it is awaited (Drizzle, Knex). */
+export function startInScope<Result>(
+  scope: Scope | undefined,
+  work: () => Result | Promise<Result>,
+): Result | Promise<Result> {
+  return storage.run(scope, () => {
+    const result = work()
+    if (result instanceof Promise || !isThenable<Result>(result)) return result
+    return new Promise<Result>((resolve, reject) => result.then(resolve, reject))
+  })
+}
+
+function isThenable<Result>(value: unknown): value is PromiseLike<Result> {
+  return typeof (value as { then?: unknown } | null | undefined)?.then === 'function'
+}
+
 /**
  * Lets every event of `emitter` run in `scope`, or else in the async context of this call with everything that others keep
  * in it, in whichever context it is emitted (S12, H6).
@@ -436,7 +452,8 @@ export async function runUnit<Result>(
   let result: Result
   try {
     if (context.abortion) throw context.abortion // before anything of `work` happens
-    result = aborted ? await Promise.race([(async () => context.run(work))(), aborted]) : await context.run(work)
+    const start = () => startInScope(context.scope, work)
+    result = aborted ? await Promise.race([(async () => start())(), aborted]) : await start()
   } catch (error) {
     await context.settle('rollback', error)
     throw error

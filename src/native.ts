@@ -114,6 +114,10 @@ export class NativeTransaction<Connection> implements NativeBlock {
     base.refusal ??= refusal
   }
 
+  leaveOpen(): void {
+    if (this.block?.live) this.block.exclusive = 'transaction'
+  }
+
   async commit(): Promise<void> {
     this.#end('commit')
     await this.#turn

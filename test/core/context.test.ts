@@ -34,8 +34,8 @@ afterAll(async () => {
 })
 beforeEach(() => database.witness.rows('truncate notes'))
 
-function insert(id: number): Promise<unknown> {
-  return main.db.query('insert into notes (id) values ($1)', [id])
+function insert(id: number, db: Pool = main.db): Promise<unknown> {
+  return db.query('insert into notes (id) values ($1)', [id])
 }
 
 /** The ids that are committed. */
@@ -72,6 +72,20 @@ describe('one session', () => {
     })
     expect(await ids()).toEqual([1])
   })
+
+  it.each([{}, { timeout: 60_000 }])(
+    'C1 begins a query that is sent when it is awaited inside its unit, with %o',
+    async (options) => {
+      /** Queries of some libraries are no promises. */
+      const lazy = (id: number, db = main.db) =>
+        // biome-ignore lint/suspicious/noThenProperty: what such a query is
+        ({ then: (...callbacks: []) => insert(id, db).then(...callbacks) }) as unknown as Promise<unknown>
+      await newContext(() => lazy(1), options)
+      await newContext(() => main.atomic(() => lazy(2), options))
+      await main.newSession(({ db }) => lazy(3, db))
+      expect(await database.witness.rows('select id from notes order by id')).toEqual([{ id: 1 }, { id: 2 }, { id: 3 }])
+    },
+  )
 
   it('C1 gives concurrent contexts sessions, connections and outcomes of their own', async () => {
     const [wrote, looked] = [gate(), gate()]

@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs'
 import { DatabaseSync } from 'node:sqlite'
 import type { PGliteInterface } from '@electric-sql/pglite'
 import { drizzleAdapter } from 'ambient-db/drizzle'
+import { knexAdapter } from 'ambient-db/knex'
 import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
@@ -9,6 +10,7 @@ import { pgliteAdapter } from 'ambient-db/pglite'
 import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg } from 'drizzle-orm/node-postgres'
 import { drizzle as drizzlePglite } from 'drizzle-orm/pglite'
+import knex from 'knex'
 import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
@@ -44,6 +46,10 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
   '`kyselyAdapter` over a `MysqlDialect`': () => kyselyAdapter(() => new MysqlDialect({ pool: createPool({}).pool })),
   '`kyselyAdapter` over a `SqliteDialect`': () =>
     kyselyAdapter(() => new SqliteDialect({ database: forKysely(new DatabaseSync(':memory:')) })),
+  '`knexAdapter`, client `pg`': () => knexAdapter(() => knex({ client: 'pg', connection: {} })),
+  '`knexAdapter`, client `mysql2`': () => knexAdapter(() => knex({ client: 'mysql2', connection: {} })),
+  '`knexAdapter`, client `better-sqlite3`': () =>
+    knexAdapter(() => knex({ client: 'better-sqlite3', connection: { filename: ':memory:' }, useNullAsDefault: true })),
 }
 
 const [head, , ...rows] = readFileSync('docs/adapters.md', 'utf8')

@@ -10,6 +10,7 @@ import {
 } from 'ambient-db'
 import { type AdapterHarness, adapterSuite } from 'ambient-db/conformance'
 import { drizzleAdapter, drizzleHandle } from 'ambient-db/drizzle'
+import { knexAdapter } from 'ambient-db/knex'
 import { kyselyAdapter, kyselyHandle } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
@@ -22,6 +23,7 @@ import { defineRelations } from 'drizzle-orm-next'
 import { drizzle as drizzleNextMysql, type MySql2Database as NextMysqlDatabase } from 'drizzle-orm-next/mysql2'
 import { drizzle as drizzleNext } from 'drizzle-orm-next/node-postgres'
 import { pgTable as pgTableNext, text as textNext } from 'drizzle-orm-next/pg-core'
+import knex, { type Knex } from 'knex'
 import { type Generated, type Kysely, MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool as createCallbackPool } from 'mysql2'
 import { createPool, type Pool as MysqlPool, type RowDataPacket } from 'mysql2/promise'
@@ -136,6 +138,40 @@ describe('Drizzle handles', () => {
       drizzleAdapter(driver, drizzlePg({ client: new Pool() })),
       // @ts-expect-error over a driver database: the handle of this one is a Kysely
       drizzleHandle(onKysely, (client) => drizzlePg({ client })),
+    ])
+  })
+})
+
+interface User {
+  id: number
+  name: string
+}
+
+const onKnex = defineDatabase({ name: 'main', adapter: knexAdapter(() => knex<User, User[]>({ client: 'pg' })) })
+
+describe('Knex handles', () => {
+  it('have exactly the type that `knex` returned', () => {
+    expectTypeOf(onKnex.db).toEqualTypeOf<Knex<User, User[]>>()
+    expectTypeOf(onKnex.session()).toEqualTypeOf<AmbientSession<Knex<User, User[]>>>()
+    expectTypeOf(onKnex.connect).returns.resolves.toEqualTypeOf<Knex<User, User[]>>()
+  })
+
+  it('infer what queries give', () => {
+    const selected = async () => onKnex.db<User>('users').select('name')
+    expectTypeOf(selected).returns.resolves.toEqualTypeOf<Pick<User, 'name'>[]>()
+    const inTransaction = async () => onKnex.db.transaction((trx) => trx<User>('users').first('id'))
+    expectTypeOf(inTransaction).returns.resolves.toEqualTypeOf<Pick<User, 'id'> | undefined>()
+  })
+
+  it('are made by a function', () => {
+    void (() => [
+      knexAdapter((host) => knex({ client: 'pg', connection: { host } })),
+      // @ts-expect-error a function that makes the Knex
+      knexAdapter(knex({ client: 'pg' })),
+      // @ts-expect-error the Knex, not its configuration
+      knexAdapter(() => ({ client: 'pg' })),
+      // @ts-expect-error queries are built before anything could be awaited
+      knexAdapter(async () => knex({ client: 'pg' })),
     ])
   })
 })

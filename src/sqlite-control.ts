@@ -1,0 +1,63 @@
+import type { Adapter, TransactionSettings } from './adapter.ts'
+import { AmbientError } from './errors.ts'
+
+/** What an adapter of SQLite does by text. */
+type Control<Connection> = Required<
+  Pick<
+    Adapter<unknown, unknown, Connection>,
+    'begin' | 'commit' | 'rollback' | 'savepoint' | 'rollbackTo' | 'releaseSavepoint' | 'probeTransaction'
+  >
+>
+
+/** Transactions of SQLite, through whatever runs a text on a connection. */
+export function sqliteControl<Connection extends object>(
+  ask: (connection: Connection, sql: string) => Promise<unknown>,
+): Control<Connection> {
+  const readOnly = new WeakSet<Connection>()
+  /** SQLite has no read-only transactions, but connections that refuse to write. */
+  const setReadOnly = async (connection: Connection, on: boolean) => {
+    if (on === readOnly.has(connection)) return
+    await ask(connection, `pragma query_only = ${on ? 'on' : 'off'}`)
+    if (on) readOnly.add(connection)
+    else readOnly.delete(connection)
+  }
+  return {
+    async begin(connection, settings) {
+      assertKnown(settings)
+      await ask(connection, settings.readOnly ? 'begin' : 'begin immediate')
+      if (settings.readOnly) await setReadOnly(connection, true)
+    },
+    async commit(connection) {
+      await ask(connection, 'commit')
+      await setReadOnly(connection, false)
+      return 'committed'
+    },
+    async rollback(connection) {
+      await setReadOnly(connection, false)
+      await ask(connection, 'rollback').catch((error: unknown) => {
+        if (!String(error).includes('no transaction is active')) throw error
+      })
+    },
+    savepoint: (connection, name) => ask(connection, `savepoint ${name}`),
+    rollbackTo: (connection, name) => ask(connection, `rollback to ${name}`),
+    releaseSavepoint: (connection, name) => ask(connection, `release ${name}`),
+    async probeTransaction(connection) {
+      // BEGIN inside a transaction fails and does no harm; if it succeeds, the engine had ended the transaction.
+      try {
+        await ask(connection, 'begin')
+      } catch {
+        return 'open'
+      }
+      await ask(connection, 'rollback')
+      return 'none'
+    },
+  }
+}
+
+/** SQLite's transactions are serializable, and nothing else. */
+function assertKnown({ isolationLevel, deferrable }: TransactionSettings): void {
+  const known = isolationLevel === undefined || isolationLevel === 'serializable'
+  if (known && deferrable === undefined) return
+  const what = deferrable === undefined ? `Isolation level '${isolationLevel}'` : '`deferrable`'
+  throw new AmbientError('AMBIENT_UNSUPPORTED', `${what} is not known to SQLite.`)
+}
