@@ -123,6 +123,12 @@ export interface Adapter<Handle, Engine, Connection> {
   releaseSavepoint(connection: Connection, name: string): Promise<unknown>
 
   /**
+   * Checks at once what COMMIT would check, constraints that are deferred, and leaves later ones as they were. Rejects with the
+   * error of the server. For tests, whose transactions never commit; absent where the engine has nothing deferred.
+   */
+  checkDeferred?(connection: Connection): Promise<unknown>
+
+  /**
    * What the driver knows of the transaction after an answer: `'none'` means that the user's SQL or the engine ended it.
    * Absent, or `undefined` as the answer, where the driver cannot tell.
    */

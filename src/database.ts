@@ -159,6 +159,23 @@ export interface DatabaseCore<Connection> {
 
 const statementsKey = Symbol.for('ambient-db.statements')
 
+const testingKey = Symbol.for('ambient-db.testing')
+
+/** What the testing tools need of a database. */
+export interface TestingAccess<Connection> {
+  readonly adapter: Adapter<unknown, unknown, Connection>
+  readonly engines: Engines<Connection>
+  /** Sessions that are not closed. */
+  readonly sessions: ReadonlySet<Session<Connection>>
+  /** Takes the place of a context for code that has none. */
+  standIn: Context | undefined
+}
+
+/** The inside of a database, for the testing tools. */
+export function accessForTesting(database: AmbientDatabase<unknown, unknown>): TestingAccess<unknown> {
+  return (database as unknown as { [testingKey]: TestingAccess<unknown> })[testingKey] // each has it
+}
+
 /** One more handle over a driver database, in the same session and transaction. */
 export function handleOver<Client, Handle>(
   database: AmbientDatabase<Client, unknown>,
@@ -205,6 +222,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
   readonly sessions = new Set<Session<Connection>>()
   readonly db: Handle
   readonly [statementsKey]: Statements<Connection>
+  readonly [testingKey]: TestingAccess<Connection>
   readonly #options: DatabaseOptions<Handle, Engine, Connection>
   readonly #transaction: TransactionOptions
   #preparing: Promise<unknown> | undefined
@@ -220,8 +238,10 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
     this.resolvable = options.resolvable ?? false
     this.trace = options.trace ?? process.env.AMBIENT_DB_TRACE === '1'
     this.#transaction = options.transaction ?? {}
-    this.engines = new Engines(options.adapter as Adapter<unknown, unknown, Connection>, this, options.host) // used with its own engines only
+    const adapter = options.adapter as Adapter<unknown, unknown, Connection> // used with its own engines only
+    this.engines = new Engines(adapter, this, options.host)
     this[statementsKey] = this.#ambientStatements()
+    this[testingKey] = { adapter, engines: this.engines, sessions: this.sessions, standIn: undefined }
     this.db = options.adapter.createHandle(this[statementsKey])
   }
 
@@ -275,7 +295,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
 
   /** The session of the running code's context, made if there is none. */
   #session(): Session<Connection> {
-    const context = currentScope()?.context
+    const context = currentScope()?.context ?? this[testingKey].standIn
     if (!context) {
       this.#assertNotPreparing()
       throw new AmbientError('AMBIENT_NO_CONTEXT', 'A session was asked for outside any context.', {

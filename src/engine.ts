@@ -7,6 +7,9 @@ import { nextTurn } from './time.ts'
 /** How long a cancelled statement may take to end before its connection is destroyed, in ms. */
 const cancelGrace = 1000
 
+/** How long a unit of work waits for its turn in a sandbox at most, in ms: what holds it up is the test itself, or a unit that it waits for. */
+const sandboxTurn = 5_000
+
 /** What waiting for a connection ends with when it took too long. */
 const tooLate = Symbol('too late')
 
@@ -271,6 +274,7 @@ export class Engines<Connection> {
   /** Engines of former hosts, until they are closed. */
   readonly #closing = new Set<Promise<void>>()
   #shutdown: Promise<void> | undefined
+  #diverted = false
 
   constructor(adapter: Adapter<unknown, unknown, Connection>, database: EngineHost, host: string | undefined) {
     this.#adapter = adapter
@@ -286,6 +290,25 @@ export class Engines<Connection> {
   assertOpen(): void {
     if (!this.#shutdown) return
     throw new AmbientError('AMBIENT_SHUT_DOWN', 'It was shut down.', { database: this.#database.name, statusCode: 503 })
+  }
+
+  /**
+   * Sends all sessions to `adapter` in place of the engine (`ambient-db/testing`), until what it returns is called.
+   *
+   * @throws `AMBIENT_SANDBOX` if they are sent elsewhere already.
+   */
+  divert(adapter: Adapter<unknown, unknown, Connection>): () => Promise<void> {
+    if (this.#diverted) {
+      throw new AmbientError('AMBIENT_SANDBOX', 'A sandbox of it is open already.', { database: this.#database.name })
+    }
+    const slot = this.#slot
+    this.#slot = new Slot(adapter, this.#database.name, slot.host)
+    this.#diverted = true
+    return async () => {
+      this.#slot = slot
+      this.#diverted = false
+      if (this.#shutdown) await slot.close(this.#database.settleTimeout) // which has closed nothing real
+    }
   }
 
   /** Waits at most `acquireTimeout`, and no longer than `shutdown` does. */
@@ -319,7 +342,7 @@ export class Engines<Connection> {
       if (slot.capabilities(engine).singleConnection) {
         const surrounds = (holder: object | undefined) => around().some((each) => each === holder && each !== session)
         const refusal = bindCallback(() => (surrounds(slot.holder) ? this.#selfDeadlock() : undefined))
-        free = await slot.takeTurn((turn) => this.within(turn), refusal)
+        free = await slot.takeTurn((turn) => this.#withinTurn(turn), refusal)
         if (!wanted()) throw tooLate // nobody need be refused for it
         slot.holder = session
       }
@@ -348,6 +371,16 @@ export class Engines<Connection> {
     }
   }
 
+  #withinTurn(turn: Promise<void>): Promise<void> {
+    if (!this.#diverted) return this.within(turn)
+    const timeout = Math.min(sandboxTurn, this.#database.acquireTimeout)
+    const late = () => {
+      const what = `In a sandbox transactions wait for each other, and the one that is open has not ended for ${timeout} ms.`
+      return new AmbientError('AMBIENT_SANDBOX', what, { database: this.#database.name })
+    }
+    return bounded(turn, timeout, late, this.#waiting)
+  }
+
   #acquireTimeout(held: number): AmbientError {
     const { acquireTimeout } = this.#database
     return this.#tooLate(
@@ -360,11 +393,10 @@ export class Engines<Connection> {
   }
 
   #selfDeadlock(): AmbientError {
-    return new AmbientError(
-      'AMBIENT_SELF_DEADLOCK',
-      'The only connection is held by the unit of work that waits for it.',
-      { database: this.#database.name },
-    )
+    const what = this.#diverted
+      ? 'A sandbox has one connection, and the unit of work that waits for it holds it: such a test needs real commits.'
+      : 'The only connection is held by the unit of work that waits for it.'
+    return new AmbientError('AMBIENT_SELF_DEADLOCK', what, { database: this.#database.name })
   }
 
   /** Sends new transactions to `host`; the engine of the old one is closed when those under way have ended (D3). */
@@ -378,6 +410,11 @@ export class Engines<Connection> {
     this.assertOpen()
     const old = this.#slot
     if (host === old.host) return
+    if (this.#diverted) {
+      throw new AmbientError('AMBIENT_SANDBOX', 'Its host cannot change while a sandbox is open.', {
+        database: this.#database.name,
+      })
+    }
     const next = new Slot(this.#adapter, this.#database.name, host)
     const { acquireTimeout, settleTimeout } = this.#database
     const warn = (error: unknown) => process.emitWarning(`ambient-db: closing an old engine failed: ${textOf(error)}`)

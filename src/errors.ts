@@ -43,11 +43,17 @@ export const catalogue = {
     'Answer through the response, which waits for the commit; for a route that speaks on its connection itself, `skip` the context.',
   AMBIENT_RESPONSE_IN_BLOCK:
     'The answer may leave only after the work is committed: send it after the block, or use `end`, which waits for the block.',
+  AMBIENT_SANDBOX:
+    'A sandbox is opened before a test and rolled back after it, once at a time for each database; what it cannot show needs a test with real commits.',
+  AMBIENT_SANDBOX_ENDED:
+    'In a sandbox nothing may end its transaction: leave COMMIT, and DDL on MySQL, to tests with real commits, and clean up what this one may have left.',
   AMBIENT_SELF_DEADLOCK:
     'The engine has one connection, and the code that waits for it runs inside the unit that holds it: commit first, or use the same session.',
   AMBIENT_SESSION_BUSY:
     'Code that waits for itself never ends: use the session of the block, or start the other work after the block.',
   AMBIENT_SESSION_CLOSED: 'Take a new session with `session()`, or close it later.',
+  AMBIENT_SESSION_LEFT_OPEN:
+    'Await all work before the end of a test, and settle every context that is opened; with `trace: true` it says where each began.',
   AMBIENT_SETTLE_TIMEOUT:
     'Await work before the end, make it shorter, or raise `settleTimeout`; what was not committed before is rolled back.',
   AMBIENT_SHUT_DOWN: 'No new work is taken after `shutdown()`.',

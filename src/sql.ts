@@ -72,3 +72,19 @@ export function transactionModes({ isolationLevel, readOnly, deferrable }: Trans
   if (deferrable !== undefined) modes += deferrable ? ' DEFERRABLE' : ' NOT DEFERRABLE'
   return modes
 }
+
+/**
+ * Makes PostgreSQL check what is deferred, as COMMIT would, and defers again what was. Which constraints those are is looked up
+ * each time: a test may have made some.
+ */
+export const checkDeferredOnPostgres = `DO $$
+  DECLARE deferred record;
+  BEGIN
+    SET CONSTRAINTS ALL IMMEDIATE;
+    FOR deferred IN
+      SELECT DISTINCT nspname, conname FROM pg_constraint JOIN pg_namespace ON pg_namespace.oid = connamespace WHERE condeferred
+    LOOP
+      EXECUTE format('SET CONSTRAINTS %I.%I DEFERRED', deferred.nspname, deferred.conname);
+    END LOOP;
+  END
+$$`

@@ -61,3 +61,12 @@ function assertKnown({ isolationLevel, deferrable }: TransactionSettings): void 
   const what = deferrable === undefined ? `Isolation level '${isolationLevel}'` : '`deferrable`'
   throw new AmbientError('AMBIENT_UNSUPPORTED', `${what} is not known to SQLite.`)
 }
+
+/** Finds what a COMMIT would find of foreign keys that are deferred; `ask` resolves with rows. */
+export async function checkForeignKeys(ask: (sql: string) => Promise<readonly unknown[]>): Promise<void> {
+  const [enforced] = await ask('pragma foreign_keys')
+  if (Object.values(Object(enforced))[0] !== 1) return
+  const broken = await ask('pragma foreign_key_check')
+  if (broken.length === 0) return
+  throw Object.assign(new Error('FOREIGN KEY constraint failed'), { code: 'SQLITE_CONSTRAINT_FOREIGNKEY' }) // as SQLite says it
+}

@@ -4,7 +4,7 @@ import { type Adapter, callFactory, type NativeBlock, type Statements, type Tran
 import { detach } from '../context.ts'
 import { AmbientError, isAmbientError } from '../errors.ts'
 import { controlRefused, parseTransactionControl } from '../sql.ts'
-import { sqliteControl } from '../sqlite-control.ts'
+import { checkForeignKeys, sqliteControl } from '../sqlite-control.ts'
 import { notFromServer, sqliteErrorTraits } from '../traits.ts'
 
 /**
@@ -68,6 +68,7 @@ export function knexAdapter<Engine extends Knex>(factory: (host: string) => Engi
     savepoint: (connection, name) => of(connection).savepoint(connection, name),
     rollbackTo: (connection, name) => of(connection).rollbackTo(connection, name),
     releaseSavepoint: (connection, name) => of(connection).releaseSavepoint(connection, name),
+    checkDeferred: async (connection) => of(connection).checkDeferred?.(connection),
     transactionStatus: (connection) => of(connection).transactionStatus?.(connection),
     afterError: async (connection) => of(connection).afterError?.(connection),
     probeTransaction: async (connection, error) => of(connection).probeTransaction?.(connection, error) ?? 'open',
@@ -203,6 +204,11 @@ function sqliteDriver(client: KnexClient): Adapter<unknown, unknown, object> {
     createEngine: never,
     closeEngine: never,
     createHandle: never,
+    checkDeferred: (connection) =>
+      checkForeignKeys(async (sql) => {
+        const { response } = (await client._query(connection, { sql, bindings: [] })) as { response: unknown[] }
+        return response
+      }),
     acquire: () => client.acquireConnection(),
     release: (_, connection) => client.releaseConnection(connection),
     traits: sqliteErrorTraits,

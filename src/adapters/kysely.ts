@@ -29,7 +29,8 @@ import {
 import { detach } from '../context.ts'
 import { type AmbientDatabase, handleOver } from '../database.ts'
 import { AmbientError } from '../errors.ts'
-import { controlRefused, parseTransactionControl } from '../sql.ts'
+import { checkDeferredOnPostgres, controlRefused, parseTransactionControl } from '../sql.ts'
+import { checkForeignKeys } from '../sqlite-control.ts'
 import { mysqlErrorTraits, notFromServer, postgresErrorTraits, sqliteErrorTraits } from '../traits.ts'
 
 /** Options of a Kysely handle. */
@@ -313,6 +314,12 @@ function overDialect<Tables>(
     async releaseSavepoint(connection, name) {
       const parts = partsOf(connection)
       await parts.driver.releaseSavepoint?.(connection, name, compile(parts))
+    },
+    async checkDeferred(connection) {
+      const { adapter } = partsOf(connection)
+      const ask = async (sql: string) => (await connection.executeQuery(CompiledQuery.raw(sql))).rows
+      if (adapter instanceof PostgresAdapter) await ask(checkDeferredOnPostgres)
+      else if (adapter instanceof SqliteAdapter) await checkForeignKeys(ask)
     },
     async probeTransaction(connection, error) {
       if (partsOf(connection).adapter instanceof MysqlAdapter) return probeMysql(connection, error)

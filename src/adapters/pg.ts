@@ -6,7 +6,13 @@ import { bindCallback, bindEmitter } from '../context.ts'
 import { AmbientError } from '../errors.ts'
 import { LeasedTransaction } from '../leased.ts'
 import { identifyTransaction, lookUpTransaction } from '../postgres-lookup.ts'
-import { controlRefused, parseTransactionControl, type TransactionControl, transactionModes } from '../sql.ts'
+import {
+  checkDeferredOnPostgres,
+  controlRefused,
+  parseTransactionControl,
+  type TransactionControl,
+  transactionModes,
+} from '../sql.ts'
 import { postgresErrorTraits } from '../traits.ts'
 
 /**
@@ -103,6 +109,7 @@ export function pgAdapter<Engine extends Pool>(
     savepoint: (client, name) => control(client, `SAVEPOINT ${name}`),
     rollbackTo: (client, name) => control(client, `ROLLBACK TO SAVEPOINT ${name}`),
     releaseSavepoint: (client, name) => control(client, `RELEASE SAVEPOINT ${name}`),
+    checkDeferred: (client) => control(client, checkDeferredOnPostgres),
     transactionStatus(client) {
       const status = client.getTransactionStatus()
       if (status === 'T' && watchOf(client).ended) return 'none' // another one has begun since

@@ -2,7 +2,7 @@ import type { PGlite, PGliteInterface, Transaction } from '@electric-sql/pglite'
 import { type Adapter, callFactory, type Statements } from '../adapter.ts'
 import { AmbientError } from '../errors.ts'
 import { LeasedTransaction } from '../leased.ts'
-import { controlRefused, parseTransactionControl, transactionModes } from '../sql.ts'
+import { checkDeferredOnPostgres, controlRefused, parseTransactionControl, transactionModes } from '../sql.ts'
 import { notFromServer, postgresErrorTraits } from '../traits.ts'
 
 /**
@@ -47,6 +47,7 @@ export function pgliteAdapter<Engine extends PGliteInterface>(
     savepoint: (connection, name) => connection.exec(`SAVEPOINT ${name}`),
     rollbackTo: (connection, name) => connection.exec(`ROLLBACK TO SAVEPOINT ${name}`),
     releaseSavepoint: (connection, name) => connection.exec(`RELEASE SAVEPOINT ${name}`),
+    checkDeferred: (connection) => connection.exec(checkDeferredOnPostgres),
     transactionStatus: (connection) => connection.status,
     traits(error) {
       const closed = error instanceof Error && error.message === 'PGlite is closed'

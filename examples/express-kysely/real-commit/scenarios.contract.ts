@@ -13,6 +13,10 @@ export interface Subject {
   /** The texts that are committed, in the order of their rows. */
   journal(): Promise<string[]>
   clear(): Promise<void>
+  /** Whether the journal can be read while the service has a transaction open. */
+  readonly looksInside: boolean
+  /** After the last scenario, before the service shuts down. */
+  leave?(): Promise<void>
   /** How many connections of the service have a transaction open. */
   openTransactions(): Promise<number>
   close(): Promise<void>
@@ -58,6 +62,7 @@ export function testScenarios(prepare: () => Promise<Subject>): Scenarios {
   afterAll(async () => {
     server.close()
     await once(server, 'close')
+    await scenarios.subject.leave?.()
     await shutdown()
     await scenarios.subject.close()
   })
@@ -87,7 +92,8 @@ export function testScenarios(prepare: () => Promise<Subject>): Scenarios {
   })
 
   describe('an atomic block', () => {
-    it('is durable when it returns, and what follows is another transaction', async () => {
+    it('is durable when it returns, and what follows is another transaction', async (test) => {
+      if (!scenarios.subject.looksInside) test.skip('a sandbox has one connection, which the request holds')
       const seen: string[][] = []
       scenarios.slowWork = async () => void seen.push(await journal())
       expect(await post('/atomic')).toMatchObject({ status: 201 })

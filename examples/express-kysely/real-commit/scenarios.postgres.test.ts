@@ -8,6 +8,7 @@ describe('the scenarios on PostgreSQL', () => {
     const { rows } = database.witness
     return {
       url: database.url,
+      looksInside: true,
       journal: async () => {
         const journal = await rows<{ text: string }>('select text from ambient_db_quickstart.journal order by id')
         return journal.map(({ text }) => text)

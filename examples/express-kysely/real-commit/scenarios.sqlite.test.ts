@@ -13,6 +13,7 @@ describe('the scenarios on SQLite', () => {
     const witness = new DatabaseSync(url, { timeout: 0 })
     return {
       url: url.href,
+      looksInside: true,
       journal: async () => {
         const journal = witness.prepare('select text from journal order by id').all()
         return journal.map(({ text }) => String(text))
