@@ -118,6 +118,38 @@ export function bindCallback<Args extends unknown[], Result>(
   return (...args) => inside(callback, ...args)
 }
 
+/** What a test has put in place of a database's engine, by the engines of the database (`ambient-db/testing`). */
+const tests = new AsyncLocalStorage<ReadonlyMap<object, TestPlace>>()
+
+/** One sandbox of those that are open at once. */
+export interface TestPlace {
+  /** What its sessions take their connections from. */
+  readonly slot: object
+  /** Takes the place of a context for code that has none. */
+  readonly standIn: Context
+}
+
+/** The sandbox of the running test for the database with these engines. */
+export function currentTestPlace(engines: object): TestPlace | undefined {
+  return tests.getStore()?.get(engines)
+}
+
+/** Those of the running test, with one more. */
+export function testPlacesWith(engines: object, place: TestPlace): ReadonlyMap<object, TestPlace> {
+  return new Map([...(tests.getStore() ?? []), [engines, place]])
+}
+
+/** Runs `work` in the test that has these sandboxes. */
+export function runInTest<Result>(places: ReadonlyMap<object, TestPlace>, work: () => Result): Result {
+  return tests.run(places, work)
+}
+
+/** The header by which a request over a socket names its test. */
+export const testHeader = 'x-ambient-test'
+
+/** The tests that are found by what a request says, because it comes over a socket. */
+export const testsByHeader: Map<string, ReadonlyMap<object, TestPlace>> = new Map()
+
 /** Runs `work` in no async context, neither ours nor anybody's: for what serves many units of work. */
 export const outside: <Result>(work: () => Result) => Result = AsyncLocalStorage.snapshot()
 

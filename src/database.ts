@@ -8,7 +8,16 @@ import type {
   TransactionSettings,
 } from './adapter.ts'
 import type { AtomicOptions } from './atomic.ts'
-import { Context, currentScope, enclosingScopes, liveScope, nextNumber, runInScope, runUnit } from './context.ts'
+import {
+  Context,
+  currentScope,
+  currentTestPlace,
+  enclosingScopes,
+  liveScope,
+  nextNumber,
+  runInScope,
+  runUnit,
+} from './context.ts'
 import { Engines } from './engine.ts'
 import { AmbientError } from './errors.ts'
 import { sessionChannel } from './events.ts'
@@ -295,7 +304,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
 
   /** The session of the running code's context, made if there is none. */
   #session(): Session<Connection> {
-    const context = currentScope()?.context ?? this[testingKey].standIn
+    const context = currentScope()?.context ?? currentTestPlace(this.engines)?.standIn ?? this[testingKey].standIn
     if (!context) {
       this.#assertNotPreparing()
       throw new AmbientError('AMBIENT_NO_CONTEXT', 'A session was asked for outside any context.', {

@@ -157,11 +157,19 @@ class Slot<Connection> {
   #turn: Promise<void> = Promise.resolve()
   readonly #waiters = new Set<() => void>()
   holder: object | undefined
+  /** It stands in place of the engine in a test. */
+  readonly sandboxed: boolean
 
-  constructor(adapter: Adapter<unknown, unknown, Connection>, database: string, host: string | undefined) {
+  constructor(
+    adapter: Adapter<unknown, unknown, Connection>,
+    database: string,
+    host: string | undefined,
+    sandboxed = false,
+  ) {
     this.adapter = adapter
     this.#database = database
     this.host = host
+    this.sandboxed = sandboxed
   }
 
   /** The engine, created once, outside any context (D1, S12). */
@@ -274,7 +282,8 @@ export class Engines<Connection> {
   /** Engines of former hosts, until they are closed. */
   readonly #closing = new Set<Promise<void>>()
   #shutdown: Promise<void> | undefined
-  #diverted = false
+  /** Of the sandboxes that are open at once, each for its own test. */
+  readonly #isolated = new Set<Slot<Connection>>()
 
   constructor(adapter: Adapter<unknown, unknown, Connection>, database: EngineHost, host: string | undefined) {
     this.#adapter = adapter
@@ -293,22 +302,38 @@ export class Engines<Connection> {
   }
 
   /**
-   * Sends all sessions to `adapter` in place of the engine (`ambient-db/testing`), until what it returns is called.
+   * Sends sessions to `adapter` in place of the engine (`ambient-db/testing`), until `restore` is called: all of them, or those of
+   * one test among others that run at the same time.
    *
    * @throws `AMBIENT_SANDBOX` if they are sent elsewhere already.
    */
-  divert(adapter: Adapter<unknown, unknown, Connection>): () => Promise<void> {
-    if (this.#diverted) {
-      throw new AmbientError('AMBIENT_SANDBOX', 'A sandbox of it is open already.', { database: this.#database.name })
+  divert(
+    adapter: Adapter<unknown, unknown, Connection>,
+    whose: 'all' | 'of one test',
+  ): { readonly slot: object; restore(): Promise<void> } {
+    const { name, settleTimeout } = this.#database
+    if (this.#slot.sandboxed || (whose === 'all' && this.#isolated.size > 0)) {
+      throw new AmbientError('AMBIENT_SANDBOX', 'A sandbox of it is open already.', { database: name })
     }
-    const slot = this.#slot
-    this.#slot = new Slot(adapter, this.#database.name, slot.host)
-    this.#diverted = true
-    return async () => {
-      this.#slot = slot
-      this.#diverted = false
-      if (this.#shutdown) await slot.close(this.#database.settleTimeout) // which has closed nothing real
+    const before = this.#slot
+    const slot = new Slot(adapter, name, before.host, true)
+    if (whose === 'all') this.#slot = slot
+    else this.#isolated.add(slot)
+    const restore = async () => {
+      if (!this.#isolated.delete(slot)) this.#slot = before
+      if (this.#shutdown && this.#isolated.size === 0) await before.close(settleTimeout) // which has closed nothing real
     }
+    return { slot, restore }
+  }
+
+  /** Where a session of the test that `place` belongs to, if any, takes its connections from. */
+  #slotOf(place: object | undefined): Slot<Connection> {
+    if (place && this.#isolated.has(place as Slot<Connection>)) return place as Slot<Connection> // it is one of them
+    if (!place && this.#isolated.size === 0) return this.#slot
+    const what = place
+      ? 'The sandbox of the test that this belongs to is closed.'
+      : 'Sandboxes of several tests are open, and this code belongs to none of them.'
+    throw new AmbientError('AMBIENT_SANDBOX', what, { database: this.#database.name })
   }
 
   /** Waits at most `acquireTimeout`, and no longer than `shutdown` does. */
@@ -327,12 +352,12 @@ export class Engines<Connection> {
    * `wanted` tells whether the connection is still of use when it is there.
    */
   async acquire(
-    session: object,
+    session: { readonly sandbox: object | undefined },
     around: () => { readonly holdsConnection: boolean }[],
     wanted: () => boolean,
   ): Promise<Lease<Connection>> {
     this.assertOpen()
-    const slot = this.#slot
+    const slot = this.#slotOf(session.sandbox)
     const leave = slot.users.enter() // so that the engine is not closed between here and the connection
     let free = () => {}
     let engine: unknown
@@ -340,9 +365,10 @@ export class Engines<Connection> {
     try {
       engine = slot.ready ?? (await this.within(slot.engine()))
       if (slot.capabilities(engine).singleConnection) {
-        const surrounds = (holder: object | undefined) => around().some((each) => each === holder && each !== session)
-        const refusal = bindCallback(() => (surrounds(slot.holder) ? this.#selfDeadlock() : undefined))
-        free = await slot.takeTurn((turn) => this.#withinTurn(turn), refusal)
+        const surrounds = (holder: object | undefined) =>
+          around().some((each) => each === holder && each !== (session as object))
+        const refusal = bindCallback(() => (surrounds(slot.holder) ? this.#selfDeadlock(slot) : undefined))
+        free = await slot.takeTurn((turn) => (slot.sandboxed ? this.#withinTest(turn) : this.within(turn)), refusal)
         if (!wanted()) throw tooLate // nobody need be refused for it
         slot.holder = session
       }
@@ -371,8 +397,7 @@ export class Engines<Connection> {
     }
   }
 
-  #withinTurn(turn: Promise<void>): Promise<void> {
-    if (!this.#diverted) return this.within(turn)
+  #withinTest(turn: Promise<void>): Promise<void> {
     const timeout = Math.min(sandboxTurn, this.#database.acquireTimeout)
     const late = () => {
       const what = `In a sandbox transactions wait for each other, and the one that is open has not ended for ${timeout} ms.`
@@ -392,8 +417,8 @@ export class Engines<Connection> {
     return new AmbientError('AMBIENT_ACQUIRE_TIMEOUT', what, { database: this.#database.name, statusCode: 503 })
   }
 
-  #selfDeadlock(): AmbientError {
-    const what = this.#diverted
+  #selfDeadlock({ sandboxed }: Slot<Connection>): AmbientError {
+    const what = sandboxed
       ? 'A sandbox has one connection, and the unit of work that waits for it holds it: such a test needs real commits.'
       : 'The only connection is held by the unit of work that waits for it.'
     return new AmbientError('AMBIENT_SELF_DEADLOCK', what, { database: this.#database.name })
@@ -410,7 +435,7 @@ export class Engines<Connection> {
     this.assertOpen()
     const old = this.#slot
     if (host === old.host) return
-    if (this.#diverted) {
+    if (old.sandboxed || this.#isolated.size > 0) {
       throw new AmbientError('AMBIENT_SANDBOX', 'Its host cannot change while a sandbox is open.', {
         database: this.#database.name,
       })

@@ -8,6 +8,8 @@ import type { Session } from './session.ts'
 /** What a holder needs of its session. */
 export interface HolderSession {
   readonly closed: boolean
+  /** The sandbox of the test that it belongs to, if there are several. */
+  readonly sandbox: object | undefined
   publish(type: SessionEvent['type'], more: Partial<SessionEvent>): void
 }
 

@@ -1,7 +1,17 @@
-import { type ServerResponse, STATUS_CODES } from 'node:http'
+import { type IncomingHttpHeaders, type ServerResponse, STATUS_CODES } from 'node:http'
 import type { Http2ServerResponse } from 'node:http2'
 import type { TransactionOptions } from './adapter.ts'
-import { assertOutcome, Context, currentContext, detach, type InternalContextOptions, type Scope } from './context.ts'
+import {
+  assertOutcome,
+  Context,
+  currentContext,
+  detach,
+  type InternalContextOptions,
+  runInTest,
+  type Scope,
+  testHeader,
+  testsByHeader,
+} from './context.ts'
 import type { NodeRequest, NodeResponse } from './response.ts'
 import { type Answering, guardOf, ResponseGuard } from './response-guard.ts'
 
@@ -81,11 +91,20 @@ const served = new WeakSet<object>()
  *
  * @param statusOfThrown the status that something thrown stands for, if it is an answer in its framework. It is thrown all the same.
  */
-export async function serveCall<Request>(
-  { request, identity, options, signal }: ServedCall<Request>,
+export function serveCall<Request>(
+  call: ServedCall<Request>,
   answer: PendingAnswer,
   proceed: () => Promise<unknown>,
   statusOfThrown: (thrown: unknown) => number | undefined = () => undefined,
+): Promise<void> {
+  return inTestOf(call.identity, () => serveCallHere(call, answer, proceed, statusOfThrown))
+}
+
+async function serveCallHere<Request>(
+  { request, identity, options, signal }: ServedCall<Request>,
+  answer: PendingAnswer,
+  proceed: () => Promise<unknown>,
+  statusOfThrown: (thrown: unknown) => number | undefined,
 ): Promise<void> {
   if (served.has(identity) || isInTest()) return void (await proceed())
   if (options.skip?.(request)) return void (await detach(proceed))
@@ -125,6 +144,15 @@ export function cancelBody({ body }: Pick<Response, 'body'>): void {
   body?.cancel().catch(() => {}) // somebody reads it
 }
 
+/** Runs `work` in the sandboxes of the test that a request over a socket names by its header. */
+function inTestOf<Result>(request: object, work: () => Result): Result {
+  if (testsByHeader.size === 0) return work()
+  const { headers } = request as { headers?: Headers | IncomingHttpHeaders }
+  const id = headers instanceof Headers ? headers.get(testHeader) : headers?.[testHeader]
+  const test = testsByHeader.get(String(id))
+  return test ? runInTest(test, work) : work()
+}
+
 /** Whether a context of the testing tools is there, to which middlewares yield (C3). */
 function isInTest(): boolean {
   const current = currentContext()
@@ -132,6 +160,14 @@ function isInTest(): boolean {
 }
 
 function serveGuarded<Request, Result>(
+  served: ServedRequest<Request>,
+  proceed: () => Result,
+  guarded: (guard: ResponseGuard) => Result,
+): Result {
+  return inTestOf(served.node.request, () => serveHere(served, proceed, guarded))
+}
+
+function serveHere<Request, Result>(
   served: ServedRequest<Request>,
   proceed: () => Result,
   guarded: (guard: ResponseGuard) => Result,

@@ -1,6 +1,14 @@
 import type { NativeBlock, OpenStream, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
 import { type AtomicOptions, atomic, Block } from './atomic.ts'
-import { assertOutcome, type Context, currentScope, enclosingScopes, nextNumber, runAfterHooks } from './context.ts'
+import {
+  assertOutcome,
+  type Context,
+  currentScope,
+  currentTestPlace,
+  enclosingScopes,
+  nextNumber,
+  runAfterHooks,
+} from './context.ts'
 import type { DatabaseCore } from './database.ts'
 import { Ending } from './ending.ts'
 import { AmbientError } from './errors.ts'
@@ -74,6 +82,7 @@ export class Session<Connection>
   readonly owner: Context
   readonly lane: Lane
   readonly holder: Holder<Connection>
+  readonly sandbox: object | undefined
   readonly streams: Streams<Connection> = new Streams(this)
   readonly ending: Ending<Connection> = new Ending(this)
   /** Those that have not ended. */
@@ -89,6 +98,7 @@ export class Session<Connection>
     this.database = database
     this.owner = owner
     this.#settings = settings
+    this.sandbox = currentTestPlace(database.engines)?.slot
     this.lane = new Lane(this)
     this.holder = new Holder(this, database, settings.hold)
     this.transaction = new Transaction(this, settings.transaction)

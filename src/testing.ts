@@ -1,6 +1,7 @@
-import { Context, detach } from './context.ts'
+import { randomUUID } from 'node:crypto'
+import { Context, detach, runInTest, testHeader, testPlacesWith, testsByHeader } from './context.ts'
 import { type AmbientDatabase, accessForTesting } from './database.ts'
-import { AmbientError } from './errors.ts'
+import { AmbientError, attachCleanupError } from './errors.ts'
 import { sandboxAdapter, sandboxEnded } from './sandbox.ts'
 
 /** A transaction around a test, which is rolled back in the end. Its methods are bound. */
@@ -9,8 +10,21 @@ export interface Sandbox<Handle> {
   begin(): Promise<void>
   /** Rolls it back; for `afterEach`. Rejects if sessions of the test are still open, after it has ended them. */
   rollback(): Promise<void>
+  /**
+   * Runs `work` in a sandbox of its own, rolled back in the end, which its code finds by async context: several may be open at the
+   * same time, as in `it.concurrent`, each on a connection of its own.
+   *
+   * @returns what `work` returns.
+   */
+  run<Result>(work: (test: SandboxedTest) => Result | Promise<Result>): Promise<Result>
   /** The handle of the database, which needs no context while the sandbox is open. */
   readonly db: Handle
+}
+
+/** What a test in {@link Sandbox.run} has of its own. */
+export interface SandboxedTest {
+  /** For requests over a socket, where async context does not travel: the middleware finds the sandbox by them. */
+  readonly headers: Readonly<Record<string, string>>
 }
 
 /**
@@ -47,49 +61,14 @@ export function sandbox<Handle>(database: AmbientDatabase<Handle, unknown>): San
     if (end || beginning) throw new AmbientError('AMBIENT_SANDBOX', 'This sandbox is open already.', { database: name })
     beginning = true
     try {
-      end = await detach(open)
+      const { place, close } = await detach(() => open('all'))
+      access.standIn = place.standIn
+      end = async () => {
+        access.standIn = undefined
+        await close(undefined)
+      }
     } finally {
       beginning = false
-    }
-  }
-
-  async function open(): Promise<() => Promise<void>> {
-    const { adapter, engines } = access
-    const engine = await engines.engine()
-    if (!adapter.capabilities(engine).savepoints) {
-      throw new AmbientError('AMBIENT_SANDBOX', 'Its adapter has no savepoints.', { database: name })
-    }
-    let lost: Error | undefined
-    const connection = await engines.within(
-      adapter.acquire(engine, (error) => {
-        lost ??= error
-      }),
-    )
-    let restore = async () => {}
-    try {
-      restore = engines.divert(sandboxAdapter(name, adapter, engine, connection))
-      await adapter.begin(connection, {})
-    } catch (error) {
-      await adapter.release(engine, connection, new Error('Its sandbox did not begin.'))
-      await restore()
-      throw error
-    }
-    // Statements of the test itself keep nothing from those of the code under test: each is done when it is answered.
-    access.standIn = new Context({ transaction: 'autocommit' }, (context) => ({ parent: undefined, context }))
-    return async () => {
-      const leaks = await endSessions()
-      await access.standIn?.settle('rollback')
-      access.standIn = undefined
-      const ended = lost !== undefined || adapter.transactionStatus?.(connection) === 'none'
-      let failure: unknown
-      await adapter.rollback(connection).catch((error: unknown) => {
-        failure = error
-      })
-      await adapter.release(engine, connection, lost ?? (failure as Error | undefined))
-      await restore()
-      if (lost ?? failure) throw lost ?? failure
-      if (ended) throw sandboxEnded(name)
-      if (leaks) throw leaks
     }
   }
 
@@ -100,15 +79,72 @@ export function sandbox<Handle>(database: AmbientDatabase<Handle, unknown>): San
     await detach(close)
   }
 
-  /** What is still at work would go on with the next test. */
-  async function endSessions(): Promise<AmbientError | undefined> {
-    const leaks = leftOpen(database)
-    const busy = [...access.sessions].filter(({ owner }) => owner !== access.standIn)
-    if (leaks) await Promise.all(busy.map((session) => session.abort(leaks)))
-    return leaks
+  async function run<Result>(work: (test: SandboxedTest) => Result | Promise<Result>): Promise<Result> {
+    const { place, close } = await detach(() => open('of one test'))
+    const places = testPlacesWith(access.engines, place)
+    const id = randomUUID()
+    testsByHeader.set(id, places)
+    const headers = { [testHeader]: id }
+    let result: Result
+    try {
+      result = await runInTest(places, async () => work({ headers }))
+    } catch (error) {
+      // What the work failed with comes first.
+      await detach(() => close(place.slot)).catch((second: unknown) => attachCleanupError(error, second))
+      throw error
+    } finally {
+      testsByHeader.delete(id)
+    }
+    await detach(() => close(place.slot))
+    return result
   }
 
-  return { begin, rollback, db }
+  async function open(whose: 'all' | 'of one test') {
+    const { adapter, engines } = access
+    const engine = await engines.engine()
+    const { savepoints, singleConnection } = adapter.capabilities(engine)
+    if (!savepoints) throw new AmbientError('AMBIENT_SANDBOX', 'Its adapter has no savepoints.', { database: name })
+    if (singleConnection && whose === 'of one test') {
+      const what = 'Its engine has one connection, so its sandboxes cannot be open at the same time.'
+      throw new AmbientError('AMBIENT_SANDBOX', what, { database: name })
+    }
+    let lost: Error | undefined
+    const connection = await engines.within(
+      adapter.acquire(engine, (error) => {
+        lost ??= error
+      }),
+      () => new AmbientError('AMBIENT_ACQUIRE_TIMEOUT', 'No connection for its sandbox.', { database: name }),
+    )
+    let diversion: ReturnType<typeof engines.divert>
+    try {
+      await adapter.begin(connection, {})
+      diversion = engines.divert(sandboxAdapter(name, adapter, engine, connection), whose)
+    } catch (error) {
+      await adapter.release(engine, connection, new Error('Its sandbox did not begin.'))
+      throw error
+    }
+    // Statements of the test itself keep nothing from those of the code under test: each is done when it is answered.
+    const standIn = new Context({ transaction: 'autocommit' }, (context) => ({ parent: undefined, context }))
+    const close = async (slot: object | undefined) => {
+      await standIn.settle('rollback')
+      const leaks = leftOpen(database, slot)
+      // What is still at work would go on with the next test.
+      if (leaks) await Promise.all(sessionsOf(database, slot).map((session) => session.abort(leaks)))
+      const ended = adapter.transactionStatus?.(connection) === 'none'
+      let failure: unknown
+      await adapter.rollback(connection).catch((error: unknown) => {
+        failure = error
+      })
+      await adapter.release(engine, connection, lost ?? (failure as Error | undefined))
+      await diversion.restore()
+      if (lost ?? failure) throw lost ?? failure
+      if (ended) throw sandboxEnded(name)
+      if (leaks) throw leaks
+    }
+    return { place: { slot: diversion.slot, standIn }, close }
+  }
+
+  return { begin, rollback, run, db }
 }
 
 /**
@@ -122,14 +158,18 @@ export function expectNoOpenSessions(database: AmbientDatabase<unknown, unknown>
   if (leaks) throw leaks
 }
 
-function leftOpen(database: AmbientDatabase<unknown, unknown>): AmbientError | undefined {
-  const { sessions, standIn } = accessForTesting(database)
-  const open = [...sessions].filter(({ owner, touched }) => owner !== standIn && touched)
+function leftOpen(database: AmbientDatabase<unknown, unknown>, slot?: object): AmbientError | undefined {
+  const open = sessionsOf(database, slot).filter(({ touched }) => touched)
   if (open.length === 0) return undefined
-  const places = open.map((session) => session.transaction.whereBegun)
-  const each = open.map(({ inTransaction }, index) =>
-    inTransaction ? `one with a transaction.${places[index]}` : 'one at work.',
+  const each = open.map(({ inTransaction, transaction }) =>
+    inTransaction ? `one with a transaction.${transaction.whereBegun}` : 'one at work.',
   )
   const what = `Sessions are still open (${open.length}): ${each.join(' ')}`
   return new AmbientError('AMBIENT_SESSION_LEFT_OPEN', what, { database: database.name })
+}
+
+/** Of code under test; those of one test, if there are several. */
+function sessionsOf(database: AmbientDatabase<unknown, unknown>, slot: object | undefined) {
+  const { sessions, standIn } = accessForTesting(database)
+  return [...sessions].filter(({ owner, sandbox }) => owner !== standIn && sandbox === slot)
 }
