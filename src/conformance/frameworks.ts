@@ -1241,6 +1241,10 @@ function attempts(): { codes: unknown[]; attempt(act: () => unknown): void } {
   return { codes, attempt }
 }
 
-function* endless(): Generator<string> {
-  for (;;) yield 'x'.repeat(10_000)
+/** Leaves the turn after each piece: a server that reads on without a pause would never hear that the client has gone. */
+async function* endless(): AsyncGenerator<string> {
+  for (;;) {
+    yield 'x'.repeat(10_000)
+    await nextTurn()
+  }
 }

@@ -118,7 +118,10 @@ describe('H1 a commit that fails', () => {
     let ended = false
     const endless = async function* () {
       try {
-        for (;;) yield Buffer.from('never')
+        for (;;) {
+          yield Buffer.from('never')
+          await nextTurn()
+        }
       } finally {
         ended = true
       }
