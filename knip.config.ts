@@ -18,6 +18,7 @@ const config: KnipConfig = {
     'test/mutation/sampler.ts',
     'test/mutation/vitest.config.ts',
     'test/truth/audit/app.ts',
+    'scripts/example.ts',
     'scripts/test.ts',
     'scripts/test-node.ts',
     'scripts/vitest-reporter.ts',
