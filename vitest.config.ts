@@ -11,6 +11,7 @@ export default defineConfig({
   },
   test: {
     pool: 'forks',
+    maxWorkers: '100%', // the servers of the databases work while a test waits, and the other way round
     testTimeout: 15_000,
     hookTimeout: 30_000,
     coverage: { include: ['src/**/*.ts'] },
