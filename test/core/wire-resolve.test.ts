@@ -326,11 +326,17 @@ describe('the question', () => {
   it.each([false, true])('S8 gives no id to a transaction that only reads (pipelined: %s)', async (pipeline) => {
     const main = define({}, pipeline)
     const id = async () => (await wire.database.witness.rows('select pg_current_xact_id()::text as id'))[0]?.id
-    const before = Number(await id())
-    const { sent } = await cost(main, () => newContext(() => main.db.query('select 1')))
-    expect(Number(await id())).toBe(before + 1) // the witness has taken it
     const asked = pipeline ? ['(question)', '(question)'] : ['(question)']
-    expect(sent).toEqual(['BEGIN', 'select 1', ...asked, 'COMMIT'])
+    // The ids are those of the whole server, of which other tests may take some meanwhile: it is shown as soon as none did.
+    let taken: number
+    let attempts = 0
+    do {
+      const before = Number(await id())
+      const { sent } = await cost(main, () => newContext(() => main.db.query('select 1')))
+      expect(sent).toEqual(['BEGIN', 'select 1', ...asked, 'COMMIT'])
+      taken = Number(await id()) - before
+    } while (taken > 1 && ++attempts < 100)
+    expect(taken).toBe(1) // by the witness
   })
 
   it('S8 is not put again once the transaction has an id, nor by statements without a transaction', async () => {
