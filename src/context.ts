@@ -91,7 +91,7 @@ export function startInScope<Result>(
   })
 }
 
-function isThenable<Result>(value: unknown): value is PromiseLike<Result> {
+export function isThenable<Result>(value: unknown): value is PromiseLike<Result> {
   return typeof (value as { then?: unknown } | null | undefined)?.then === 'function'
 }
 
@@ -119,7 +119,10 @@ export function bindCallback<Args extends unknown[], Result>(
 }
 
 /** What a test has put in place of a database's engine, by the engines of the database (`ambient-db/testing`). */
-const tests = new AsyncLocalStorage<ReadonlyMap<object, TestPlace>>()
+const tests = new AsyncLocalStorage<Test>()
+
+/** A test, by its sandboxes. */
+export type Test = ReadonlyMap<object, TestPlace>
 
 /** One sandbox of those that are open at once. */
 export interface TestPlace {
@@ -134,21 +137,21 @@ export function currentTestPlace(engines: object): TestPlace | undefined {
   return tests.getStore()?.get(engines)
 }
 
-/** Those of the running test, with one more. */
-export function testPlacesWith(engines: object, place: TestPlace): ReadonlyMap<object, TestPlace> {
+/** The running test, if there is one, with one sandbox more. */
+export function testWith(engines: object, place: TestPlace): Test {
   return new Map([...(tests.getStore() ?? []), [engines, place]])
 }
 
-/** Runs `work` in the test that has these sandboxes. */
-export function runInTest<Result>(places: ReadonlyMap<object, TestPlace>, work: () => Result): Result {
-  return tests.run(places, work)
+/** Runs `work` in `test`. */
+export function runInTest<Result>(test: Test, work: () => Result): Result {
+  return tests.run(test, work)
 }
 
 /** The header by which a request over a socket names its test. */
 export const testHeader = 'x-ambient-test'
 
 /** The tests that are found by what a request says, because it comes over a socket. */
-export const testsByHeader: Map<string, ReadonlyMap<object, TestPlace>> = new Map()
+export const testsByHeader: Map<string, Test> = new Map()
 
 /** Runs `work` in no async context, neither ours nor anybody's: for what serves many units of work. */
 export const outside: <Result>(work: () => Result) => Result = AsyncLocalStorage.snapshot()
@@ -484,8 +487,9 @@ export async function runUnit<Result>(
   let result: Result
   try {
     if (context.abortion) throw context.abortion // before anything of `work` happens
-    const start = () => startInScope(context.scope, work)
-    result = aborted ? await Promise.race([(async () => start())(), aborted]) : await start()
+    result = aborted
+      ? await Promise.race([(async () => startInScope(context.scope, work))(), aborted])
+      : await startInScope(context.scope, work)
   } catch (error) {
     await context.settle('rollback', error)
     throw error

@@ -7,7 +7,7 @@ import { nextTurn } from './time.ts'
 /** How long a cancelled statement may take to end before its connection is destroyed, in ms. */
 const cancelGrace = 1000
 
-/** How long a unit of work waits for its turn in a sandbox at most, in ms: what holds it up is the test itself, or a unit that it waits for. */
+/** How long a unit waits for its turn in a sandbox at most, in ms: what holds it up may wait for the test. */
 const sandboxTurn = 5_000
 
 /** What waiting for a connection ends with when it took too long. */

@@ -9,6 +9,7 @@ import {
   type InternalContextOptions,
   runInTest,
   type Scope,
+  type Test,
   testHeader,
   testsByHeader,
 } from './context.ts'
@@ -97,7 +98,9 @@ export function serveCall<Request>(
   proceed: () => Promise<unknown>,
   statusOfThrown: (thrown: unknown) => number | undefined = () => undefined,
 ): Promise<void> {
-  return inTestOf(call.identity, () => serveCallHere(call, answer, proceed, statusOfThrown))
+  const test = testOf(call.identity)
+  if (test) return runInTest(test, () => serveCallHere(call, answer, proceed, statusOfThrown))
+  return serveCallHere(call, answer, proceed, statusOfThrown)
 }
 
 async function serveCallHere<Request>(
@@ -140,17 +143,42 @@ async function settleAnswer(settled: Promise<void>, answer: PendingAnswer): Prom
 }
 
 /** Ends what a body is read from, if its answer is not wanted any more. */
-export function cancelBody({ body }: Pick<Response, 'body'>): void {
-  body?.cancel().catch(() => {}) // somebody reads it
+export function cancelBody(body: unknown): void {
+  const stream = body as ReadableStream | null | undefined
+  if (typeof stream?.getReader === 'function') stream.cancel().catch(() => {}) // somebody reads it
 }
 
-/** Runs `work` in the sandboxes of the test that a request over a socket names by its header. */
-function inTestOf<Result>(request: object, work: () => Result): Result {
-  if (testsByHeader.size === 0) return work()
+/** What answers with values, and gives Node's own request and response along where Node serves. */
+export interface FetchedRequest<Request> {
+  /** As the options of the middleware get it. */
+  readonly request: Request
+  /** That of the web, by which it is known. */
+  readonly raw: globalThis.Request
+  readonly incoming: object | undefined
+  readonly outgoing: ServerResponse | Http2ServerResponse | undefined
+  readonly options: DatabaseContextOptions<Request>
+}
+
+/** The same for either: {@link serveAwaited} where Node serves, {@link serveCall} elsewhere. */
+export async function serveFetched<Request>(
+  { request, raw, incoming, outgoing, options }: FetchedRequest<Request>,
+  answer: PendingAnswer,
+  proceed: () => Promise<unknown>,
+): Promise<void> {
+  if (!incoming || !outgoing) {
+    return serveCall({ request, identity: raw, options, signal: raw.signal }, answer, proceed)
+  }
+  // What fails past the framework, or when it is done, is no business of its error handling any more.
+  const onFailure = (error: unknown) => answerPlainly(error, incoming, outgoing)
+  await serveAwaited({ request, node: { request: incoming, response: outgoing }, options, onFailure }, answer, proceed)
+}
+
+/** The test that a request over a socket names by its header, if sandboxes of several are open. */
+function testOf(request: object): Test | undefined {
+  if (testsByHeader.size === 0) return undefined
   const { headers } = request as { headers?: Headers | IncomingHttpHeaders }
   const id = headers instanceof Headers ? headers.get(testHeader) : headers?.[testHeader]
-  const test = testsByHeader.get(String(id))
-  return test ? runInTest(test, work) : work()
+  return testsByHeader.get(String(id))
 }
 
 /** Whether a context of the testing tools is there, to which middlewares yield (C3). */
@@ -164,7 +192,9 @@ function serveGuarded<Request, Result>(
   proceed: () => Result,
   guarded: (guard: ResponseGuard) => Result,
 ): Result {
-  return inTestOf(served.node.request, () => serveHere(served, proceed, guarded))
+  const test = testOf(served.node.request)
+  if (test) return runInTest(test, () => serveHere(served, proceed, guarded))
+  return serveHere(served, proceed, guarded)
 }
 
 function serveHere<Request, Result>(

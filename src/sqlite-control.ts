@@ -13,14 +13,7 @@ type Control<Connection> = Required<
 export function sqliteControl<Connection extends object>(
   ask: (connection: Connection, sql: string) => Promise<unknown>,
 ): Control<Connection> {
-  const readOnly = new WeakSet<Connection>()
-  /** SQLite has no read-only transactions, but connections that refuse to write. */
-  const setReadOnly = async (connection: Connection, on: boolean) => {
-    if (on === readOnly.has(connection)) return
-    await ask(connection, `pragma query_only = ${on ? 'on' : 'off'}`)
-    if (on) readOnly.add(connection)
-    else readOnly.delete(connection)
-  }
+  const setReadOnly = readOnlySwitch(ask)
   return {
     async begin(connection, settings) {
       assertKnown(settings)
@@ -35,23 +28,43 @@ export function sqliteControl<Connection extends object>(
     async rollback(connection) {
       await setReadOnly(connection, false)
       await ask(connection, 'rollback').catch((error: unknown) => {
-        if (!String(error).includes('no transaction is active')) throw error
+        if (!isWithoutTransaction(error)) throw error
       })
     },
     savepoint: (connection, name) => ask(connection, `savepoint ${name}`),
     rollbackTo: (connection, name) => ask(connection, `rollback to ${name}`),
     releaseSavepoint: (connection, name) => ask(connection, `release ${name}`),
-    async probeTransaction(connection) {
-      // BEGIN inside a transaction fails and does no harm; if it succeeds, the engine had ended the transaction.
-      try {
-        await ask(connection, 'begin')
-      } catch {
-        return 'open'
-      }
-      await ask(connection, 'rollback')
-      return 'none'
-    },
+    probeTransaction: (connection) => probeByBegin((sql) => ask(connection, sql)),
   }
+}
+
+/** SQLite has no read-only transactions, but connections that refuse to write. */
+export function readOnlySwitch<Connection extends object>(
+  ask: (connection: Connection, sql: string) => Promise<unknown>,
+): (connection: Connection, on: boolean) => Promise<void> {
+  const readOnly = new WeakSet<Connection>()
+  return async (connection, on) => {
+    if (on === readOnly.has(connection)) return
+    await ask(connection, `pragma query_only = ${on ? 'on' : 'off'}`)
+    if (on) readOnly.add(connection)
+    else readOnly.delete(connection)
+  }
+}
+
+/** BEGIN inside a transaction fails and does no harm; if it succeeds, the engine had ended the transaction. */
+export async function probeByBegin(ask: (sql: string) => Promise<unknown>): Promise<'open' | 'none'> {
+  try {
+    await ask('begin')
+  } catch {
+    return 'open'
+  }
+  await ask('rollback')
+  return 'none'
+}
+
+/** What ROLLBACK says where there is no transaction. */
+export function isWithoutTransaction(error: unknown): boolean {
+  return String(error).includes('no transaction is active')
 }
 
 /** SQLite's transactions are serializable, and nothing else. */

@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import { Context, detach, runInTest, testHeader, testPlacesWith, testsByHeader } from './context.ts'
+import { Context, detach, runInTest, testHeader, testsByHeader, testWith } from './context.ts'
 import { type AmbientDatabase, accessForTesting } from './database.ts'
 import { AmbientError, attachCleanupError } from './errors.ts'
 import { sandboxAdapter, sandboxEnded } from './sandbox.ts'
@@ -81,13 +81,13 @@ export function sandbox<Handle>(database: AmbientDatabase<Handle, unknown>): San
 
   async function run<Result>(work: (test: SandboxedTest) => Result | Promise<Result>): Promise<Result> {
     const { place, close } = await detach(() => open('of one test'))
-    const places = testPlacesWith(access.engines, place)
+    const test = testWith(access.engines, place)
     const id = randomUUID()
-    testsByHeader.set(id, places)
+    testsByHeader.set(id, test)
     const headers = { [testHeader]: id }
     let result: Result
     try {
-      result = await runInTest(places, async () => work({ headers }))
+      result = await runInTest(test, async () => work({ headers }))
     } catch (error) {
       // What the work failed with comes first.
       await detach(() => close(place.slot)).catch((second: unknown) => attachCleanupError(error, second))

@@ -1,7 +1,7 @@
 import type { Readable, Transform } from 'node:stream'
 import knex, { type Knex } from 'knex'
 import { type Adapter, callFactory, type NativeBlock, type Statements, type TransactionSettings } from '../adapter.ts'
-import { detach } from '../context.ts'
+import { detach, isThenable } from '../context.ts'
 import { AmbientError, isAmbientError } from '../errors.ts'
 import { controlRefused, parseTransactionControl } from '../sql.ts'
 import { checkForeignKeys, sqliteControl } from '../sqlite-control.ts'
@@ -521,8 +521,7 @@ function transact(
     client.lease = lease
     markUnscoped(transactor.context)
     const result = container(transactor)
-    const chained = typeof (result as { then?: unknown } | undefined)?.then === 'function'
-    if (!chained && !outer && !transactor.isCompleted()) block.leaveOpen() // it ends by hand: Objection's `transaction.start`
+    if (!isThenable(result) && !outer && !transactor.isCompleted()) block.leaveOpen() // it ends by hand: Objection's `transaction.start`
     return result
   }
   const begin = () => {

@@ -30,7 +30,7 @@ import { detach } from '../context.ts'
 import { type AmbientDatabase, handleOver } from '../database.ts'
 import { AmbientError } from '../errors.ts'
 import { checkDeferredOnPostgres, controlRefused, parseTransactionControl } from '../sql.ts'
-import { checkForeignKeys } from '../sqlite-control.ts'
+import { checkForeignKeys, isWithoutTransaction, probeByBegin, readOnlySwitch } from '../sqlite-control.ts'
 import { mysqlErrorTraits, notFromServer, postgresErrorTraits, sqliteErrorTraits } from '../traits.ts'
 
 /** Options of a Kysely handle. */
@@ -215,14 +215,7 @@ function overDialect<Tables>(
     return made
   }
   const partsOf = (connection: DatabaseConnection) => byConnection.get(connection) as Parts & { release: () => void } // set by acquire
-  const readOnly = new WeakSet<DatabaseConnection>()
-  /** SQLite has no read-only transactions, but connections that refuse to write. */
-  const setReadOnly = async (connection: DatabaseConnection, on: boolean) => {
-    if (on === readOnly.has(connection)) return
-    await connection.executeQuery(CompiledQuery.raw(`pragma query_only = ${on ? 'on' : 'off'}`))
-    if (on) readOnly.add(connection)
-    else readOnly.delete(connection)
-  }
+  const setReadOnly = readOnlySwitch(ask)
   const compile = ({ compiler }: Parts): QueryCompiler['compileQuery'] => compiler.compileQuery.bind(compiler)
   let latest: Parts | undefined
   const traitsOf = (parts: Parts | undefined) =>
@@ -278,7 +271,7 @@ function overDialect<Tables>(
       const { driver, adapter } = partsOf(connection)
       if (settings.deferrable !== undefined) throw unsupported('`deferrable` is not known to Kysely dialects.')
       if (adapter instanceof SqliteAdapter) {
-        await connection.executeQuery(CompiledQuery.raw(settings.readOnly ? 'begin' : 'begin immediate'))
+        await ask(connection, settings.readOnly ? 'begin' : 'begin immediate')
         if (settings.readOnly) await setReadOnly(connection, true)
       } else {
         await driver.beginTransaction(connection, toKysely(settings))
@@ -300,7 +293,7 @@ function overDialect<Tables>(
       try {
         await driver.rollbackTransaction(connection)
       } catch (error) {
-        if (!(adapter instanceof SqliteAdapter && String(error).includes('no transaction is active'))) throw error
+        if (!(adapter instanceof SqliteAdapter && isWithoutTransaction(error))) throw error
       }
     },
     async savepoint(connection, name) {
@@ -317,20 +310,12 @@ function overDialect<Tables>(
     },
     async checkDeferred(connection) {
       const { adapter } = partsOf(connection)
-      const ask = async (sql: string) => (await connection.executeQuery(CompiledQuery.raw(sql))).rows
-      if (adapter instanceof PostgresAdapter) await ask(checkDeferredOnPostgres)
-      else if (adapter instanceof SqliteAdapter) await checkForeignKeys(ask)
+      if (adapter instanceof PostgresAdapter) await ask(connection, checkDeferredOnPostgres)
+      else if (adapter instanceof SqliteAdapter) await checkForeignKeys((sql) => ask(connection, sql))
     },
     async probeTransaction(connection, error) {
       if (partsOf(connection).adapter instanceof MysqlAdapter) return probeMysql(connection, error)
-      // BEGIN inside a transaction fails and does no harm; if it succeeds, the engine had ended the transaction.
-      try {
-        await connection.executeQuery(CompiledQuery.raw('begin'))
-      } catch {
-        return 'open'
-      }
-      await connection.executeQuery(CompiledQuery.raw('rollback'))
-      return 'none'
+      return probeByBegin((sql) => ask(connection, sql))
     },
     traits: (error) => traitsOf(latest)(error),
     createHandle: (statements) =>
@@ -343,11 +328,16 @@ function overDialect<Tables>(
   }
 }
 
+/** Runs a text; resolves with its rows. */
+async function ask(connection: DatabaseConnection, sql: string): Promise<readonly unknown[]> {
+  return (await connection.executeQuery(CompiledQuery.raw(sql))).rows
+}
+
 /** MySQL keeps a savepoint only inside a transaction. */
 async function probeMysql(connection: DatabaseConnection, error: unknown): Promise<'open' | 'none' | 'ended'> {
-  await connection.executeQuery(CompiledQuery.raw('savepoint ambient_probe'))
+  await ask(connection, 'savepoint ambient_probe')
   try {
-    await connection.executeQuery(CompiledQuery.raw('release savepoint ambient_probe'))
+    await ask(connection, 'release savepoint ambient_probe')
     return 'open'
   } catch {
     return mysqlErrorTraits(error).retryable ? 'none' : 'ended'

@@ -35,7 +35,7 @@ export function databaseContext<Incoming extends Request, Rest extends unknown[]
   return async function databaseContextHandler(request, ...rest) {
     let response: Outgoing | undefined
     // A network error has the status 0.
-    const answer = { status: () => response?.status || undefined, clear: () => response && cancelBody(response) }
+    const answer = { status: () => response?.status || undefined, clear: () => cancelBody(response?.body) }
     const signal = options.signal ? options.signal(request) : request.signal
     await serveCall(
       { request, identity: request, options, signal },

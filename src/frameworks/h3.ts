@@ -1,13 +1,6 @@
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import type { Http2ServerRequest, Http2ServerResponse } from 'node:http2'
-import {
-  answerPlainly,
-  cancelBody,
-  type DatabaseContextOptions,
-  type PendingAnswer,
-  serveAwaited,
-  serveCall,
-} from '../request.ts'
+import { cancelBody, type DatabaseContextOptions, type PendingAnswer, serveFetched } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
 
@@ -55,14 +48,13 @@ export function databaseContext<Event extends H3EventLike = H3EventLike>(
     const proceed = async () => {
       result = await next()
     }
-    const answer = answerOf(event, () => result)
-    const { req: request, res: response } = event.runtime?.node ?? {}
-    if (request && response) {
-      const onFailure = (error: unknown) => answerPlainly(error, request, response)
-      await serveAwaited({ request: event, node: { request, response }, options, onFailure }, answer, proceed)
-    } else {
-      await serveCall({ request: event, identity: event.req, options, signal: event.req.signal }, answer, proceed)
-    }
+    const { req: incoming, res: outgoing } = event.runtime?.node ?? {}
+    const served = { request: event, raw: event.req, incoming, outgoing, options }
+    await serveFetched(
+      served,
+      answerOf(event, () => result),
+      proceed,
+    )
     return result
   }
 }
@@ -83,8 +75,7 @@ function answerOf(event: H3EventLike, resultOf: () => unknown): PendingAnswer {
     },
     clear() {
       const result = resultOf()
-      if (isResponse(result) && result.body instanceof ReadableStream) cancelBody({ body: result.body })
-      else if (result instanceof ReadableStream) cancelBody({ body: result })
+      cancelBody(isResponse(result) ? result.body : result)
       event.res.status = 500 // an error handler that says nothing else must not say 200
       delete event.res.statusText
       restore(event.res.headers, headers)

@@ -1,11 +1,10 @@
 import type { Context, HonoRequest, MiddlewareHandler } from 'hono'
 import {
-  answerPlainly,
   cancelBody,
   type DatabaseContextOptions,
+  type FetchedRequest,
   type PendingAnswer,
-  serveAwaited,
-  serveCall,
+  serveFetched,
 } from '../request.ts'
 
 export type { DatabaseContextOptions } from '../request.ts'
@@ -31,22 +30,13 @@ export type { DatabaseContextOptions } from '../request.ts'
 export function databaseContext(options: DatabaseContextOptions<HonoRequest> = {}): MiddlewareHandler {
   return async function databaseContextMiddleware(context, next) {
     const { req: request } = context
-    const answer = answerOf(context)
     const { incoming, outgoing } = (context.env ?? {}) as NodeBindings // whatever the server gives
-    if (outgoing && incoming) {
-      const onFailure = (error: unknown) => answerPlainly(error, incoming, outgoing)
-      await serveAwaited({ request, node: { request: incoming, response: outgoing }, options, onFailure }, answer, next)
-    } else {
-      await serveCall({ request, identity: request.raw, options, signal: request.raw.signal }, answer, next)
-    }
+    await serveFetched({ request, raw: request.raw, incoming, outgoing, options }, answerOf(context), next)
   }
 }
 
 /** What `@hono/node-server` gives to the handlers. */
-interface NodeBindings {
-  readonly incoming?: object
-  readonly outgoing?: Parameters<typeof answerPlainly>[2]
-}
+type NodeBindings = Partial<Pick<FetchedRequest<unknown>, 'incoming' | 'outgoing'>>
 
 function answerOf(context: Context): PendingAnswer {
   const headers = new Headers(context.newResponse(null).headers) // those of the middlewares before
@@ -54,7 +44,7 @@ function answerOf(context: Context): PendingAnswer {
     // With that header the handler has answered by itself, on Node's response.
     status: () => (context.res.headers.has('x-hono-already-sent') ? undefined : context.res.status),
     clear() {
-      cancelBody(context.res)
+      cancelBody(context.res.body)
       context.res = undefined
       context.finalized = false
       for (const name of [...context.newResponse(null).headers.keys()]) context.header(name)
