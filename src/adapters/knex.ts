@@ -2,10 +2,11 @@ import type { Readable, Transform } from 'node:stream'
 import knex, { type Knex } from 'knex'
 import { type Adapter, callFactory, type NativeBlock, type Statements, type TransactionSettings } from '../adapter.ts'
 import { detach, isThenable } from '../context.ts'
+import { byDriver, type ChosenDriver } from '../driver-choice.ts'
 import { AmbientError, isAmbientError } from '../errors.ts'
 import { controlRefused, parseTransactionControl } from '../sql.ts'
 import { checkForeignKeys, sqliteControl } from '../sqlite-control.ts'
-import { notFromServer, sqliteErrorTraits } from '../traits.ts'
+import { sqliteErrorTraits } from '../traits.ts'
 
 /**
  * The adapter for Knex, with its clients `pg`, `mysql2` and `better-sqlite3`. The handle is a Knex of which every query finds the
@@ -30,7 +31,6 @@ export function knexAdapter<Engine extends Knex>(factory: (host: string) => Engi
   const byHost = new Map<string | undefined, Engine>()
   const engines = new WeakSet<Engine>()
   const servers = new WeakMap<object, Server>()
-  let latest: Server | undefined
   const engineFor = (host: string | undefined) => {
     const known = byHost.get(host)
     if (known) return known
@@ -39,15 +39,15 @@ export function knexAdapter<Engine extends Knex>(factory: (host: string) => Engi
     return made
   }
   const serverOf = (engine: Engine) => served.get(engine.client) as Server // createEngine has set it
-  const of = (connection: object) => (servers.get(connection) as Server).driver // acquire has set it
+  const driver = byDriver(serverOf)
   return {
-    capabilities: (engine) => serverOf(engine).driver.capabilities(serverOf(engine).pool),
+    ...driver,
     async createEngine(host) {
       // One that is an engine already is about to be closed (a host that was left), or of another database.
       if (engines.has(engineFor(host))) byHost.delete(host)
       const engine = engineFor(host)
       engines.add(engine)
-      latest = await serve(engine.client)
+      await serve(engine.client)
       return engine
     },
     async closeEngine(engine) {
@@ -55,29 +55,10 @@ export function knexAdapter<Engine extends Knex>(factory: (host: string) => Engi
       await engine.destroy()
     },
     async acquire(engine, onLost) {
-      const server = serverOf(engine)
-      const connection = await server.driver.acquire(server.pool, onLost)
-      servers.set(connection, server)
+      const connection = await driver.acquire(engine, onLost)
+      servers.set(connection, serverOf(engine))
       return connection
     },
-    release: (engine, connection, broken) => of(connection).release(serverOf(engine).pool, connection, broken),
-    begin: (connection, settings) => of(connection).begin(connection, settings),
-    commit: (connection) => of(connection).commit(connection),
-    rollback: (connection) => of(connection).rollback(connection),
-    leftovers: (connection) => of(connection).leftovers?.(connection),
-    savepoint: (connection, name) => of(connection).savepoint(connection, name),
-    rollbackTo: (connection, name) => of(connection).rollbackTo(connection, name),
-    releaseSavepoint: (connection, name) => of(connection).releaseSavepoint(connection, name),
-    checkDeferred: async (connection) => of(connection).checkDeferred?.(connection),
-    transactionStatus: (connection) => of(connection).transactionStatus?.(connection),
-    afterError: async (connection) => of(connection).afterError?.(connection),
-    probeTransaction: async (connection, error) => of(connection).probeTransaction?.(connection, error) ?? 'open',
-    mayPipelineBegin: (connection) => of(connection).mayPipelineBegin?.(connection) ?? false,
-    identifyTransaction: async (connection) => of(connection).identifyTransaction?.(connection),
-    lookUpTransaction: async (engine, id, signal) =>
-      serverOf(engine).driver.lookUpTransaction?.(serverOf(engine).pool, id, signal) ?? 'unknown',
-    cancel: async (engine, connection) => of(connection).cancel?.(serverOf(engine).pool, connection),
-    traits: (error) => (latest?.driver.traits ?? notFromServer)(error),
     createHandle: (statements) =>
       createKnex(
         statements,
@@ -88,11 +69,8 @@ export function knexAdapter<Engine extends Knex>(factory: (host: string) => Engi
 }
 
 /** The engine as the adapter of its driver sees it. */
-interface Server {
+interface Server extends ChosenDriver {
   readonly client: KnexClient
-  readonly driver: Adapter<unknown, unknown, object>
-  /** What the driver takes for its pool. */
-  readonly pool: unknown
   /** What Knex streams rows from. */
   streaming(statements: Statements<object>): object | undefined
 }
