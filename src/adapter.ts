@@ -230,6 +230,11 @@ export interface OpenStream<Connection> {
  * A transaction method with a callback enters the block and there begins, calls back, and commits, or rolls back if one of these failed.
  */
 export interface NativeBlock {
+  /**
+   * Whether what belongs to it runs in a transaction, which may still be to begin: always, but for statements of an autocommit
+   * session outside of a block. For libraries that ask before they begin one themselves.
+   */
+  readonly inTransaction: boolean
   /** Runs `work` in the async scope of the block. */
   enter<Result>(work: () => Result): Result
   /** Waits for its turn and owns the session from then on. Settings must agree with a transaction that is open. */

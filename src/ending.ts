@@ -41,6 +41,11 @@ export class Ending<Connection> {
     this.#outside = noHooks()
   }
 
+  /** The transaction that is open is that of a block alone. */
+  get apart(): boolean {
+    return this.#outside !== undefined
+  }
+
   reunite(): void {
     const outside = this.#outside
     this.#outside = undefined

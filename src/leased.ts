@@ -13,10 +13,19 @@ export function inLease<Connection, Result>(
   work: (block: NativeBlock) => Result,
 ): Result {
   const block = statements.createBlock()
+  return offerBlock(statements, block, () => work(block))
+}
+
+/** Lets the lease that `work` takes, before it waits for anything, be one of `block`. */
+export function offerBlock<Connection, Result>(
+  statements: Statements<Connection>,
+  block: NativeBlock,
+  work: () => Result,
+): Result {
   return block.enter(() => {
     offered = { statements, block }
     try {
-      return work(block)
+      return work()
     } finally {
       offered = undefined
     }

@@ -24,6 +24,10 @@ export class NativeTransaction<Connection> implements NativeBlock {
     this.session = session
   }
 
+  get inTransaction(): boolean {
+    return this.session.runsInTransaction(this)
+  }
+
   enter<Result>(work: () => Result): Result {
     const parent = currentScope()
     this.#scope ??= { parent, context: parent?.context }

@@ -211,6 +211,13 @@ export class Session<Connection>
     return new NativeTransaction(this)
   }
 
+  /** Whether a statement that is issued now, of `native`, runs in a transaction, which may still be to begin. */
+  runsInTransaction(native: NativeBlock): boolean {
+    if (this.#blockFor(native)) return true
+    if (this.ending.apart) return this.#settings.transaction !== 'autocommit'
+    return !this.transaction.autocommit || this.transaction.opened
+  }
+
   // What a user does by hand
 
   begin = (options: TransactionSettings = {}): Promise<void> => {

@@ -7,6 +7,7 @@ import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg } from 'drizzle-orm/node-postgres'
 import { drizzle as drizzlePglite } from 'drizzle-orm/pglite'
@@ -14,12 +15,20 @@ import knex from 'knex'
 import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
+import { DataSource, type DataSourceOptions } from 'typeorm'
 import { expect, it } from 'vitest'
 import type { Adapter, Capabilities } from '../../src/adapter.ts'
 import { forKysely } from '../support/sqlite.ts'
 
 /** In place of a PGlite, which takes seconds to start. */
 const closable = { close: async () => {} } as PGliteInterface
+
+/** A data source that has connected to nothing. */
+function initialized(options: DataSourceOptions, pools: object): DataSource {
+  const source = new DataSource(options)
+  Object.assign(source.driver, pools)
+  return Object.assign(source, { isInitialized: true })
+}
 
 /** Engines that connect to nothing; each has a row in the table of the documentation. */
 const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
@@ -50,6 +59,10 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
   '`knexAdapter`, client `mysql2`': () => knexAdapter(() => knex({ client: 'mysql2', connection: {} })),
   '`knexAdapter`, client `better-sqlite3`': () =>
     knexAdapter(() => knex({ client: 'better-sqlite3', connection: { filename: ':memory:' }, useNullAsDefault: true })),
+  '`typeormAdapter`, type `postgres`': () =>
+    typeormAdapter(() => initialized({ type: 'postgres' }, { master: new Pool() })),
+  '`typeormAdapter`, type `mysql` or `mariadb`': () =>
+    typeormAdapter(() => initialized({ type: 'mariadb' }, { pool: createPool({}).pool })),
 }
 
 const [head, , ...rows] = readFileSync('docs/adapters.md', 'utf8')

@@ -15,6 +15,7 @@ import { kyselyAdapter, kyselyHandle } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle as drizzleMysql, type MySql2Database } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg, type NodePgDatabase } from 'drizzle-orm/node-postgres'
 import { pgTable, serial, text } from 'drizzle-orm/pg-core'
@@ -28,6 +29,7 @@ import { type Generated, type Kysely, MysqlDialect, PostgresDialect, SqliteDiale
 import { createPool as createCallbackPool } from 'mysql2'
 import { createPool, type Pool as MysqlPool, type RowDataPacket } from 'mysql2/promise'
 import { Pool, type PoolConfig, type QueryResult } from 'pg'
+import { DataSource, type EntityManager } from 'typeorm'
 import { describe, expectTypeOf, it } from 'vitest'
 
 interface Tables {
@@ -172,6 +174,23 @@ describe('Knex handles', () => {
       knexAdapter(() => ({ client: 'pg' })),
       // @ts-expect-error queries are built before anything could be awaited
       knexAdapter(async () => knex({ client: 'pg' })),
+    ])
+  })
+})
+
+const onTypeorm = defineDatabase({ name: 'main', adapter: typeormAdapter(() => new DataSource({ type: 'postgres' })) })
+
+describe('TypeORM handles', () => {
+  it('are an EntityManager, and the engine is a DataSource', () => {
+    expectTypeOf(onTypeorm.db).toEqualTypeOf<EntityManager>()
+    expectTypeOf(onTypeorm.session()).toEqualTypeOf<AmbientSession<EntityManager>>()
+    expectTypeOf(onTypeorm.connect).returns.resolves.toEqualTypeOf<DataSource>()
+    void (() => [
+      typeormAdapter((host) => new DataSource({ type: 'mysql', host })),
+      // @ts-expect-error a function that makes it
+      typeormAdapter(new DataSource({ type: 'postgres' })),
+      // @ts-expect-error the data source before it is initialized, which would connect
+      typeormAdapter(() => new DataSource({ type: 'postgres' }).initialize()),
     ])
   })
 })
