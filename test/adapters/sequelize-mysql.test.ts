@@ -1,7 +1,6 @@
-import { newContext } from 'ambient-db'
 import type { Connection } from 'mysql2'
 import { Sequelize } from 'sequelize'
-import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+import { afterAll, beforeAll, describe } from 'vitest'
 import { createMysqlDatabase, type MysqlDatabase } from '../support/mysql.ts'
 import { mysqlHarness } from './mysql-support.ts'
 import { sequelizeOperations, withSequelizePools } from './sequelize-subject.ts'
