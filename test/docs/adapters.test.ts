@@ -7,6 +7,7 @@ import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg } from 'drizzle-orm/node-postgres'
 import { drizzle as drizzlePglite } from 'drizzle-orm/pglite'
@@ -14,6 +15,7 @@ import knex from 'knex'
 import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
+import { Sequelize } from 'sequelize'
 import { expect, it } from 'vitest'
 import type { Adapter, Capabilities } from '../../src/adapter.ts'
 import { forKysely } from '../support/sqlite.ts'
@@ -50,6 +52,8 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
   '`knexAdapter`, client `mysql2`': () => knexAdapter(() => knex({ client: 'mysql2', connection: {} })),
   '`knexAdapter`, client `better-sqlite3`': () =>
     knexAdapter(() => knex({ client: 'better-sqlite3', connection: { filename: ':memory:' }, useNullAsDefault: true })),
+  '`sequelizeAdapter`, dialect `postgres`': () => sequelizeAdapter(() => new Sequelize({ dialect: 'postgres' })),
+  '`sequelizeAdapter`, dialect `mysql`': () => sequelizeAdapter(() => new Sequelize({ dialect: 'mysql' })),
 }
 
 const [head, , ...rows] = readFileSync('docs/adapters.md', 'utf8')
