@@ -57,10 +57,7 @@ export function sequelizeAdapter<Engine extends Sequelize>(
       servers.set(engine, latest)
       return engine
     },
-    async closeEngine(engine) {
-      for (const [host, each] of byHost) if (each === engine) byHost.delete(host)
-      await engine.close()
-    },
+    closeEngine: (engine) => engine.close(),
     async acquire(engine, onLost) {
       const server = serverOf(engine)
       const connection = await server.driver.acquire(server.pool, onLost)
