@@ -98,7 +98,6 @@ function lazy<Made extends object>(make: () => Made): Made {
   }
   return new Proxy({} as Made, {
     get: (_, key) => (key === 'then' ? undefined : Reflect.get(made(), key)), // it may be awaited before there is a host
-    set: (_, key, value) => Reflect.set(made(), key, value),
     has: (_, key) => Reflect.has(made(), key),
     defineProperty: (_, key, property) => Reflect.defineProperty(made(), key, property),
     getOwnPropertyDescriptor: (_, key) => Reflect.getOwnPropertyDescriptor(made(), key),

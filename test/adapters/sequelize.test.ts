@@ -1,11 +1,12 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { type AmbientDatabase, type DatabaseOptions, defineDatabase, newContext } from 'ambient-db'
+import { type AmbientDatabase, type DatabaseOptions, defineDatabase, hasContext, newContext } from 'ambient-db'
 import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { DataTypes, Deferrable, Model, type Options, Sequelize, Transaction, UniqueConstraintError } from 'sequelize'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } from 'vitest'
 import { gate, until } from '../support/gate.ts'
 import { createMysqlDatabase } from '../support/mysql.ts'
 import { createDatabase } from '../support/postgres.ts'
+import { startProxy } from '../support/proxy.ts'
 
 interface Server {
   readonly url: string
@@ -62,6 +63,11 @@ function defineWithModels(options: Settings = {}): AmbientDatabase<Sequelize, Se
   return main
 }
 
+/** The pool of an engine, which is not in its types. */
+function poolOf(engine: Sequelize): { readonly size: number; readonly waiting: number } {
+  return (engine as unknown as { connectionManager: { pool: ReturnType<typeof poolOf> } }).connectionManager.pool
+}
+
 async function names(): Promise<string[]> {
   return (await server.witness.rows<{ name: string }>('select name from items order by name')).map(({ name }) => name)
 }
@@ -105,8 +111,7 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
     await main.changeHost('one')
     await newContext(() => Item.create({ name: 'c' }))
     expect(made).toHaveLength(3)
-    const sizes = () =>
-      made.map((engine) => (engine.connectionManager as unknown as { pool: { size: number } }).pool.size)
+    const sizes = () => made.map((engine) => poolOf(engine).size)
     await until(async () => sizes().join() === '0,0,1', 'the engines that were left to be closed') // in the background
     expect(await names()).toEqual(['a', 'b', 'c'])
   })
@@ -350,12 +355,14 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
     )
   })
 
-  it('can be spied on', async () => {
+  it('can be spied on, and added to', async () => {
     const main = defineWithModels()
     const spy = vi.spyOn(main.db, 'query')
     await newContext(() => Item.count())
     expect(spy).not.toHaveBeenCalledTimes(0)
     spy.mockRestore()
+    Object.assign(main.db, { own: 1 })
+    expect(main.db).toMatchObject({ own: 1 })
     expect('query' in main.db).toBe(true)
   })
 
@@ -457,6 +464,43 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
     const before = (await backends()).length
     await main.newSession(({ db }) => db.query('select 1'), { hold: true })
     await until(async () => (await backends()).length === before, 'the server to be left')
+  })
+
+  it('S7 lets nobody wait for the farewell of a connection that is gone', async () => {
+    const wire = await startProxy(server.url)
+    const open = () => new Sequelize(wire.url, { logging: false, pool: { max: 1 } })
+    const main = defineDatabase({ name: 'main', adapter: sequelizeAdapter(open), acquireTimeout: 2000 })
+    const [inside, go, farewell] = [gate(), gate(), gate()]
+    const held = main.newSession(
+      async ({ db }) => {
+        await db.query('select 1')
+        inside.open()
+        await go.passed
+      },
+      { hold: true },
+    )
+    await inside.passed
+    const waiting = newContext(() => main.db.query('select 1'))
+    await until(async () => poolOf(await main.connect()).waiting === 1, 'the other to wait')
+    wire.at(onPostgres ? '> X' : '> Quit', farewell)
+    go.open()
+    await held
+    await waiting
+    farewell.open()
+    await main.shutdown()
+    await wire.close()
+  })
+
+  it('S12 calls the factory outside of any context', async () => {
+    let inContext = true
+    const adapter = sequelizeAdapter(() => {
+      inContext = hasContext()
+      return new Sequelize(server.url)
+    })
+    const main = defineDatabase({ name: 'main', adapter })
+    await newContext(async () => defineModels(main.db))
+    expect(inContext).toBe(false)
+    await main.shutdown()
   })
 
   it('creates tables by sync, and reads what their types make of values', async () => {
