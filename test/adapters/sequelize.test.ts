@@ -614,6 +614,28 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
       expect(await names()).toEqual([])
     })
 
+    it('A6 refuses what names a transaction without a callback from its commit() or rollback() on', async () => {
+      const main = defineWithModels()
+      await newContext(async () => {
+        const outer = await main.db.transaction()
+        const nested = await main.db.transaction({ transaction: outer })
+        for (const transaction of [nested, outer]) {
+          const end = transaction.commit()
+          await expect(main.db.query('select 1', { transaction })).rejects.toMatchObject(ended)
+          await end
+          expect(() => transaction.afterCommit(() => {})).toThrow(expect.objectContaining(ended))
+        }
+        const undone = await main.db.transaction()
+        const end = undone.rollback()
+        await expect(main.db.query('select 1', { transaction: undone })).rejects.toMatchObject(ended)
+        await end
+        const scoped = await main.db.transaction(async (transaction) => transaction)
+        expect([nested, outer, undone, scoped]).toMatchObject(
+          ['commit', 'commit', 'rollback', 'commit'].map((finished) => ({ finished })),
+        )
+      })
+    })
+
     it('A6 lets work that nobody awaited name the transaction that joins it', async () => {
       const main = defineWithModels()
       await newContext(() =>
