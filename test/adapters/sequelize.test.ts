@@ -451,6 +451,22 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
     expect(await names()).toEqual(['beside', 'given', 'nested'])
   })
 
+  it('puts what names a transaction of another session into that', async () => {
+    const main = defineWithModels()
+    await newContext(async () => {
+      const outer = main.db.transaction(async (transaction) => {
+        await main.newSession(async ({ db }) => {
+          await db.query("insert into items (name) values ('a')", { transaction })
+          await db.transaction({ transaction }, (nested) => Item.create({ name: 'b' }, { transaction: nested }))
+        })
+        expect(await Item.count()).toBe(2)
+        throw planned
+      })
+      await expect(outer).rejects.toBe(planned)
+    })
+    expect(await names()).toEqual([])
+  })
+
   it('S7 closes a connection that is not to be used again', async () => {
     const main = defineWithModels()
     const backends = async () =>
@@ -503,8 +519,11 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
     await main.shutdown()
   })
 
-  it('creates tables by sync, and reads what their types make of values', async () => {
-    const main = defineWithModels()
+  it('creates tables by sync, and reads what their types make of values, also on the next host', async () => {
+    const main = defineWithModels({ host: 'one' })
+    await newContext(() => Item.count())
+    await main.changeHost('two')
+    await newContext(() => Item.count()) // its connection knows no types that are made later
     const Made = main.db.define('made', {
       mood: DataTypes.ENUM('good', 'bad'),
       at: DataTypes.DATE,
@@ -566,6 +585,26 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
         go.open()
         await expect(transaction).rejects.toBe(planned)
         await beside
+      })
+      expect(await names()).toEqual(['b'])
+    })
+
+    it('A4 nests in the transaction that is named, also from outside of its callback', async () => {
+      const main = defineWithModels()
+      const [inside, go] = [gate(), gate()]
+      let open: Transaction | undefined
+      await newContext(async () => {
+        const outer = main.db.transaction(async (transaction) => {
+          open = transaction
+          inside.open()
+          await go.passed
+          throw planned
+        })
+        await inside.passed
+        await main.db.transaction({ transaction: open as Transaction }, () => Item.create({ name: 'a' }))
+        go.open()
+        await expect(outer).rejects.toBe(planned)
+        await Item.create({ name: 'b' })
       })
       expect(await names()).toEqual(['b'])
     })

@@ -158,10 +158,7 @@ export function ambientSequelize<Engine extends Sequelize>(
   })
   const queryInterface = Object.assign(Object.create(own.queryInterface), { sequelize: handle })
   Object.assign(handle, {
-    // Its own hooks: the engine queries as well, outside of any context.
-    options: Object.defineProperty({ ...own.options, hooks: copyHooks(own.options.hooks) }, 'databaseVersion', {
-      get: () => inside(engine()).options.databaseVersion,
-    }),
+    options: { ...own.options, hooks: copyHooks(own.options.hooks) }, // the engine queries as well, outside of any context
     connectionManager,
     queryInterface,
     dialect: Object.assign(Object.create(own.dialect), { sequelize: handle, connectionManager, queryInterface }),

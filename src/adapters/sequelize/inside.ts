@@ -25,7 +25,6 @@ export interface Inside {
     readonly dialect: string
     readonly native: boolean
     readonly hooks: object
-    databaseVersion: unknown
   }
   readonly connectionManager: ConnectionManager
   readonly dialect: object
