@@ -210,6 +210,12 @@ export interface Statements<Connection> {
 
   /** A block for a transaction that the library's own code begins and ends; transparent until `begin`. */
   createBlock(): NativeBlock
+
+  /**
+   * Registers `hook` for after the COMMIT of the session's transaction, as `afterCommit` of the session does: of the block that names
+   * it or that surrounds the caller, so it is dropped if that is rolled back. For a library whose transactions have such hooks.
+   */
+  afterCommit(hook: () => unknown, block?: NativeBlock): void
 }
 
 /** A stream that occupies its session. */

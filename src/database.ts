@@ -347,6 +347,7 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
       },
       openStream: async (destroy, block) => of(block).openStream(destroy, block),
       createBlock: () => this.#session().createBlock(),
+      afterCommit: (hook, block) => of(block).afterCommit(hook, block),
     }
   }
 

@@ -286,8 +286,8 @@ export class Session<Connection>
     this.#hooks().beforeCommit.push(hook)
   }
 
-  afterCommit = (hook: Hook): void => {
-    this.#hooks().afterCommit.push(afterHook(hook, this.ending.limitsOf('afterCommit', hook)))
+  afterCommit = (hook: Hook, native?: NativeBlock): void => {
+    this.#hooks(native).afterCommit.push(afterHook(hook, this.ending.limitsOf('afterCommit', hook)))
   }
 
   afterRollback = (hook: Hook): void => {
@@ -303,10 +303,10 @@ export class Session<Connection>
     await this.close('rollback')
   }
 
-  /** The hooks of the block or transaction that the running code belongs to. */
-  #hooks(): Hooks {
-    this.assertAccepts()
-    const block = this.enclosingBlock()
+  /** The hooks of the block or transaction that the running code belongs to, or of the block that it names. */
+  #hooks(native?: NativeBlock): Hooks {
+    this.assertAccepts(native)
+    const block = this.#blockFor(native)
     if (!block) return this.ending.hooks
     if (!block.live || hasEnded(block.level)) throw this.blockEnded(block)
     return block.level.hooks

@@ -133,6 +133,36 @@ describe('a handle', () => {
     expect(wire.proxy.traffic.labels.filter((label) => label.startsWith('> Q SAVEPOINT'))).toEqual([])
   })
 
+  it('K2 runs hooks of a block that they name after the COMMIT of the session, and drops those of one that was rolled back', async () => {
+    const main = define()
+    const calls: string[] = []
+    await newContext(async () => {
+      const { db } = main.session()
+      for (const handle of [main.db, db]) {
+        for (const way of ['commit', 'rollback'] as const) {
+          const block = handle.createBlock()
+          await block.begin()
+          handle.afterCommit(() => calls.push(way), block)
+          await block[way]()
+          block.release()
+          expect(() => handle.afterCommit(() => calls.push('late'), block)).toThrow(
+            expect.objectContaining({ code: 'AMBIENT_BLOCK_ENDED' }),
+          )
+        }
+      }
+      main.db.afterCommit(() => calls.push('outside'))
+      await insert(main, 1)
+      expect(calls).toEqual([])
+    })
+    expect(calls).toEqual(['commit', 'commit', 'outside'])
+    await newContext(async () => {
+      main.db.afterCommit(() => calls.push('rolled back'))
+      throw new Error('planned')
+    }).catch(() => {})
+    expect(calls).toHaveLength(3)
+    expect(() => main.db.afterCommit(() => {})).toThrow(expect.objectContaining({ code: 'AMBIENT_NO_CONTEXT' }))
+  })
+
   it.each(['returns', 'throws'])(
     'S9 gives the connection back when the stream that it opened cannot be destroyed, and the work %s',
     async (how) => {

@@ -7,6 +7,7 @@ import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg } from 'drizzle-orm/node-postgres'
@@ -15,6 +16,7 @@ import knex from 'knex'
 import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
+import { Sequelize } from 'sequelize'
 import { DataSource, type DataSourceOptions } from 'typeorm'
 import { expect, it } from 'vitest'
 import type { Adapter, Capabilities } from '../../src/adapter.ts'
@@ -63,6 +65,8 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
     typeormAdapter(() => initialized({ type: 'postgres' }, { master: new Pool() })),
   '`typeormAdapter`, type `mysql` or `mariadb`': () =>
     typeormAdapter(() => initialized({ type: 'mariadb' }, { pool: createPool({}).pool })),
+  '`sequelizeAdapter`, dialect `postgres`': () => sequelizeAdapter(() => new Sequelize({ dialect: 'postgres' })),
+  '`sequelizeAdapter`, dialect `mysql`': () => sequelizeAdapter(() => new Sequelize({ dialect: 'mysql' })),
 }
 
 const [head, , ...rows] = readFileSync('docs/adapters.md', 'utf8')

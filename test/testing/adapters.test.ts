@@ -10,12 +10,14 @@ import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { sandbox } from 'ambient-db/testing'
 import { drizzle } from 'drizzle-orm/node-postgres'
 import knex from 'knex'
 import { CompiledQuery, type Kysely, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
+import { Sequelize } from 'sequelize'
 import { afterAll, beforeAll, describe, expect, it, type TestContext } from 'vitest'
 import { statement } from '../support/drizzle.ts'
 import { createMysqlDatabase } from '../support/mysql.ts'
@@ -150,6 +152,12 @@ const subjects: Record<string, () => Promise<Subject>> = {
       (_pool, connection) =>
         defineDatabase({ name: 'main', adapter: knexAdapter(() => knex({ client: 'pg', connection })) }),
       (db: { raw(sql: string): Promise<unknown> }, sql) => db.raw(sql),
+    ),
+  'Sequelize on PostgreSQL': () =>
+    onPostgres(
+      (_pool, url) =>
+        defineDatabase({ name: 'main', adapter: sequelizeAdapter(() => new Sequelize(url, { logging: false })) }),
+      async (db: Sequelize, sql) => ({ rows: (await db.query(sql))[0] }),
     ),
   'Kysely on SQLite': onSqlite,
   PGlite: onPGlite,

@@ -15,6 +15,7 @@ import { kyselyAdapter, kyselyHandle } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle as drizzleMysql, type MySql2Database } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg, type NodePgDatabase } from 'drizzle-orm/node-postgres'
@@ -29,6 +30,7 @@ import { type Generated, type Kysely, MysqlDialect, PostgresDialect, SqliteDiale
 import { createPool as createCallbackPool } from 'mysql2'
 import { createPool, type Pool as MysqlPool, type RowDataPacket } from 'mysql2/promise'
 import { Pool, type PoolConfig, type QueryResult } from 'pg'
+import { DataTypes, Model, Sequelize, type Transaction } from 'sequelize'
 import { DataSource, type EntityManager } from 'typeorm'
 import { describe, expectTypeOf, it } from 'vitest'
 
@@ -361,5 +363,39 @@ describe('pgliteAdapter', () => {
       adapter: drizzleAdapter(driver, (client) => drizzlePglite({ client })),
     })
     expectTypeOf(main.db).toEqualTypeOf<PgliteDatabase & { $client: PGlite }>()
+  })
+})
+
+class OwnSequelize extends Sequelize {
+  readonly own = true
+}
+
+describe('sequelizeAdapter', () => {
+  const main = defineDatabase({ name: 'main', adapter: sequelizeAdapter(() => new OwnSequelize()) })
+
+  it('gives exactly the type that the factory made', () => {
+    expectTypeOf(main).toEqualTypeOf<AmbientDatabase<OwnSequelize, OwnSequelize>>()
+    expectTypeOf(main.session()).toEqualTypeOf<AmbientSession<OwnSequelize>>()
+    expectTypeOf(main.connect).returns.resolves.toEqualTypeOf<OwnSequelize>()
+  })
+
+  it('has models and transactions of Sequelize', () => {
+    class User extends Model<{ name: string }> {}
+    void (() => User.init({ name: DataTypes.TEXT }, { sequelize: main.db }))
+    const inTransaction = () => main.db.transaction(async (transaction) => User.findAll({ transaction }))
+    expectTypeOf(inTransaction).returns.resolves.toEqualTypeOf<User[]>()
+    expectTypeOf(() => main.db.transaction()).returns.resolves.toEqualTypeOf<Transaction>()
+  })
+
+  it('is made by a function', () => {
+    void (() => [
+      sequelizeAdapter((host) => new Sequelize({ dialect: 'postgres', host })),
+      // @ts-expect-error a function that makes the Sequelize
+      sequelizeAdapter(new Sequelize()),
+      // @ts-expect-error the Sequelize, not its options
+      sequelizeAdapter(() => ({ dialect: 'postgres' })),
+      // @ts-expect-error models are defined before anything could be awaited
+      sequelizeAdapter(async () => new Sequelize()),
+    ])
   })
 })

@@ -121,6 +121,7 @@ function withRun(adapter: AnyAdapter, change: (run: Run) => Run): AnyAdapter {
         run: change((statement, block) => statements.run(statement, block)),
         openStream: (destroy, block) => statements.openStream(destroy, block),
         createBlock: () => statements.createBlock(),
+        afterCommit: (hook, block) => statements.afterCommit(hook, block),
       }),
   }
 }
