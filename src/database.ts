@@ -346,7 +346,9 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
         }
       },
       openStream: async (destroy, block) => of(block).openStream(destroy, block),
+      enclose: (work) => this.#with((session) => session.enclose(work)),
       createBlock: () => this.#session().createBlock(),
+      unitOfWork: (make) => this.#session().unitOfWork(make),
     }
   }
 

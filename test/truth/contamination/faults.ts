@@ -121,6 +121,8 @@ function withRun(adapter: AnyAdapter, change: (run: Run) => Run): AnyAdapter {
         run: change((statement, block) => statements.run(statement, block)),
         openStream: (destroy, block) => statements.openStream(destroy, block),
         createBlock: () => statements.createBlock(),
+        enclose: (work) => statements.enclose(work),
+        unitOfWork: (make) => statements.unitOfWork(make),
       }),
   }
 }
