@@ -208,6 +208,12 @@ export interface Statements<Connection> {
    */
   openStream(destroy: (error: Error) => void, block?: NativeBlock): Promise<OpenStream<Connection>>
 
+  /**
+   * Runs `work` as one thing of the session: it counts as issued from this call on, takes one turn, and its statements take theirs
+   * inside of it. For a library whose calls come to their statements only later. Rejects unsent where the session refuses.
+   */
+  enclose<Result>(work: () => Promise<Result>): Promise<Result>
+
   /** A block for a transaction that the library's own code begins and ends; transparent until `begin`. */
   createBlock(): NativeBlock
 
@@ -216,6 +222,25 @@ export interface Statements<Connection> {
    * it or that surrounds the caller, so it is dropped if that is rolled back. For a library whose transactions have such hooks.
    */
   afterCommit(hook: () => unknown, block?: NativeBlock): void
+
+  /**
+   * The unit of work of the session, for a library that keeps changes back: the one that it has, or what `make` makes of the session's
+   * own statements. Throws where there is no session, or where it has ended.
+   */
+  unitOfWork<Unit extends UnitOfWork>(make: (statements: Statements<Connection>) => Unit): Unit
+}
+
+/**
+ * Changes that a library keeps back until it is told to send them. What is pending is part of the session: it counts as an open
+ * transaction, is sent before COMMIT and forgotten by a rollback. One of each session, and gone with it.
+ */
+export interface UnitOfWork {
+  /** Whether `flush` has anything to send. Asked often, and must change nothing. */
+  readonly pending: boolean
+  /** Sends what is pending, by statements of the session. Nothing of it is pending any more when it resolves. */
+  flush(): Promise<unknown>
+  /** Forgets what is pending, and all that it knows of the database: the transaction, or a savepoint in it, was rolled back. */
+  clear(): void
 }
 
 /** A stream that occupies its session. */

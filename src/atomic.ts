@@ -1,5 +1,5 @@
 import { Abortion, type AbortOptions } from './abortion.ts'
-import type { TransactionSettings } from './adapter.ts'
+import type { TransactionSettings, UnitOfWork } from './adapter.ts'
 import { bounded } from './clock.ts'
 import { currentScope, type Scope, type ScopeBlock, startInScope } from './context.ts'
 import { AmbientError, isAmbientError, stateOutcome } from './errors.ts'
@@ -42,6 +42,8 @@ export class Block<Connection> implements ScopeBlock, Occupant {
   level: Level
   exclusive?: 'transaction' | undefined
   promise?: Promise<unknown>
+  /** It is a call of a library's, which adds no level. */
+  call = false
   /** A native block takes part from its BEGIN on. */
   begun = true
   live = true
@@ -113,11 +115,17 @@ export class Block<Connection> implements ScopeBlock, Occupant {
     if (transaction.root === this.level.root) await this.session.stop(cancel) // else what is at the database is not its own
   }
 
+  async #flush(unit: UnitOfWork): Promise<void> {
+    await startInScope(this.scope, () => unit.flush())
+  }
+
   /** Runs `work` in the scope of the block, joins and ends it; the level is left to the caller. */
   async run<Result>(work: () => Result | Promise<Result>, abortion?: Abortion): Promise<Result> {
     const raced = <Value>(promise: Promise<Value>) => (abortion ? Promise.race([promise, abortion.promise]) : promise)
     try {
       const result = await raced((async () => startInScope(this.scope, work))())
+      const { unit } = this.session
+      if (unit?.pending && !this.hook && !this.call) await raced(this.#flush(unit)) // it belongs to the block
       await raced(this.join())
       await this.end()
       return result
@@ -181,7 +189,7 @@ async function runAtomic<Connection, Result>(
     started = true
     const transaction = session.transaction
     const outer = enclosing?.level ?? transaction.root
-    const open = enclosing !== undefined || transaction.opened
+    const open = enclosing !== undefined || session.dirty
     if (open && mode === 'raise') throw transactionOpen(session, label)
     if (open && mode === 'commit') await session.ending.commit(transaction)
     if (open && mode === 'rollback') await session.ending.rollback(transaction)
@@ -240,10 +248,12 @@ async function nested<Connection, Result>(
 
 /** With nothing open, the savepoint is the transaction that is committed at its end (A7). */
 async function withSavepoint<Connection, Result>(
-  { name, transaction }: Session<Connection>,
+  session: Session<Connection>,
   outer: Level,
   attempt: (level: Level) => Promise<Result>,
 ): Promise<Result> {
+  const { name, transaction } = session
+  await session.ending.flush(outer)
   const level = new Level(outer)
   const refusal = () => new AmbientError('AMBIENT_BLOCK_ENDED', 'The savepoint has ended.', { database: name })
   try {

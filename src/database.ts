@@ -346,8 +346,10 @@ class Database<Handle, Engine, Connection> implements AmbientDatabase<Handle, En
         }
       },
       openStream: async (destroy, block) => of(block).openStream(destroy, block),
+      enclose: (work) => this.#with((session) => session.enclose(work)),
       createBlock: () => this.#session().createBlock(),
       afterCommit: (hook, block) => of(block).afterCommit(hook, block),
+      unitOfWork: (make) => this.#session().unitOfWork(make),
     }
   }
 

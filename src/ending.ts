@@ -12,8 +12,12 @@ import {
   moveHooks,
   noHooks,
 } from './hooks.ts'
+import type { Level } from './level.ts'
 import type { Session } from './session.ts'
 import type { Transaction } from './transaction.ts'
+
+/** A flush may lead to changes, by listeners of the user's; these must come to an end. */
+const mostFlushes = 10
 
 /** How the transactions of a session end, one after the other: hooks, COMMIT or ROLLBACK, and the hooks that run after (K1, K2). */
 export class Ending<Connection> {
@@ -95,6 +99,8 @@ export class Ending<Connection> {
     const { transaction } = this.#session
     const { root } = transaction
     transaction.assertUsable(root)
+    const flushing = this.flush(root)
+    if (flushing) return flushing
     const due = root.hooks.beforeCommit.splice(0)
     const ownHook = this.#session.database.hooks.beforeCommit
     if (transaction.opened && !transaction.prepared) {
@@ -102,6 +108,31 @@ export class Ending<Connection> {
       if (ownHook) due.unshift(() => ownHook(this.#session))
     }
     return due.length > 0 ? this.#runBeforeCommit(due) : transaction.identify()
+  }
+
+  /** Sends what the library keeps back, as part of `level`. A failure is thrown, and leaves it to the level what becomes of the rest. */
+  flush(level: Level): Promise<true> | undefined {
+    return this.#session.unit?.pending ? this.#flush(level) : undefined
+  }
+
+  async #flush(level: Level): Promise<true> {
+    const { transaction, settleTimeout } = this.#session
+    const letGo = transaction.claim({}) // all of it or nothing, also where statements run on their own
+    const flush = () => this.#session.unit?.flush()
+    try {
+      for (let left = mostFlushes; this.#session.unit?.pending; left--) {
+        if (left === 0) throw this.#neverFlushed()
+        await this.#runHook('flush', flush, 'AMBIENT_SETTLE_TIMEOUT', settleTimeout, level)
+      }
+    } finally {
+      letGo()
+    }
+    return true
+  }
+
+  #neverFlushed(): AmbientError {
+    const what = `Changes were still pending after ${mostFlushes} flushes.`
+    return new AmbientError('AMBIENT_SETTLE_TIMEOUT', what, { database: this.#session.name })
   }
 
   async #runBeforeCommit(hooks: Hook[]): Promise<true> {
@@ -128,9 +159,9 @@ export class Ending<Connection> {
     hook: Hook,
     code: 'AMBIENT_ACQUIRE_TIMEOUT' | 'AMBIENT_SETTLE_TIMEOUT',
     timeout: number,
+    level: Level = this.#session.transaction.root,
   ) {
-    const { transaction, owner } = this.#session
-    const block = new Block<Connection>(this.#session, label, transaction.root, owner.scope, true)
+    const block = new Block<Connection>(this.#session, label, level, this.#session.owner.scope, true)
     const limit = new Abortion({})
     const running = block.run(hook, limit)
     bounded(running, timeout, () => limit.abort(this.#late(label, code, timeout))).catch(() => {})
@@ -190,6 +221,7 @@ export class Ending<Connection> {
     if (transaction !== this.#session.transaction) return // somebody else has ended it meanwhile
     const { root } = transaction
     root.refusal ??= this.#transactionEnded
+    if (when !== 'afterCommit') this.#session.forget()
     this.#session.renew()
     if (this.#next) moveHooks(this.#next, this.#session.transaction.root.hooks)
     this.#next = undefined

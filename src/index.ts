@@ -9,6 +9,7 @@ export type {
   Statements,
   TransactionOptions,
   TransactionSettings,
+  UnitOfWork,
 } from './adapter.ts'
 export type { AtomicOptions, CurrentTransaction } from './atomic.ts'
 export type { AmbientContext, ContextOptions, ContextState } from './context.ts'

@@ -66,7 +66,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
         const { transaction } = session
         const outer = enclosing?.level ?? transaction.root
         transaction.assertUsable(outer)
-        const owns = transaction.autocommit && !transaction.opened && !enclosing
+        const owns = transaction.autocommit && !transaction.opened && (!enclosing || enclosing.call)
         const letGo = transaction.claim(settings)
         block.level = owns ? transaction.root : new Level(outer)
         block.begun = true
@@ -76,6 +76,7 @@ export class NativeTransaction<Connection> implements NativeBlock {
           await this.#settle(block, block.level, transaction, await finished)
         } finally {
           if (owns) session.ending.reunite()
+          if (owns && enclosing) enclosing.level = session.transaction.root // the call goes on behind it
           letGo()
         }
       }

@@ -1,4 +1,11 @@
-import type { NativeBlock, OpenStream, Statements, TransactionOptions, TransactionSettings } from './adapter.ts'
+import type {
+  NativeBlock,
+  OpenStream,
+  Statements,
+  TransactionOptions,
+  TransactionSettings,
+  UnitOfWork,
+} from './adapter.ts'
 import { type AtomicOptions, atomic, Block } from './atomic.ts'
 import {
   assertOutcome,
@@ -88,6 +95,8 @@ export class Session<Connection>
   /** Those that have not ended. */
   blocks: Set<Block<Connection>> | undefined
   transaction: Transaction<Connection>
+  /** What its library keeps back, if it does such a thing. */
+  unit: UnitOfWork | undefined
   readonly #settings: SessionSettings
   #handle: unknown
   #closed: (() => AmbientError) | undefined
@@ -148,6 +157,11 @@ export class Session<Connection>
     return this.transaction.opened
   }
 
+  /** Something would be lost if nobody committed: a transaction is open, or changes wait to be sent. */
+  get dirty(): boolean {
+    return this.inTransaction || this.unit?.pending === true
+  }
+
   get atDatabase(): boolean {
     return this.transaction.atDatabase
   }
@@ -157,7 +171,7 @@ export class Session<Connection>
   }
 
   get touched(): boolean {
-    return this.busy || this.inTransaction || this.holder.holding || hasHooks(this.transaction.root.hooks)
+    return this.busy || this.dirty || this.holder.holding || hasHooks(this.transaction.root.hooks)
   }
 
   get holdsConnection(): boolean {
@@ -207,15 +221,41 @@ export class Session<Connection>
     return this.streams.open(block?.inner ?? this.lane, () => block?.level ?? this.transaction.root, destroy)
   }
 
+  enclose<Result>(work: () => Promise<Result>): Promise<Result> {
+    const refusal = this.#refusal()
+    if (refusal) return Promise.reject(refusal)
+    const outer = this.enclosingBlock()
+    const call: Occupant & { inner?: Lane } = { label: 'a call', place: this.place(), owns: true }
+    return (outer?.inner ?? this.lane).run(call, () => {
+      const level = outer?.level ?? this.transaction.root
+      const block = new Block(this, call.label, level, currentScope(), false, call.place)
+      block.call = true
+      call.inner = block.inner
+      return block.run(work)
+    })
+  }
+
   createBlock(): NativeTransaction<Connection> {
     return new NativeTransaction(this)
   }
 
   /** Whether a statement that is issued now, of `native`, runs in a transaction, which may still be to begin. */
   runsInTransaction(native: NativeBlock): boolean {
-    if (this.#blockFor(native)) return true
+    const block = this.#blockFor(native)
+    if (block && !block.call) return true
     if (this.ending.apart) return this.#settings.transaction !== 'autocommit'
     return !this.transaction.autocommit || this.transaction.opened
+  }
+
+  unitOfWork<Unit extends UnitOfWork>(make: (statements: Statements<Connection>) => Unit): Unit {
+    this.assertAccepts()
+    this.unit ??= make(this)
+    return this.unit as Unit // the handles of one adapter all make the same
+  }
+
+  /** What its library knows of the database is true no more. */
+  forget(): void {
+    this.unit?.clear()
   }
 
   // What a user does by hand
@@ -235,13 +275,13 @@ export class Session<Connection>
 
   commit = (): Promise<void> => {
     return this.#actOutside('commit()', async () => {
-      if (this.inTransaction) await this.ending.commit(this.transaction)
+      if (this.dirty) await this.ending.commit(this.transaction)
     })
   }
 
   rollback = (): Promise<void> => {
     return this.#actOutside('rollback()', async () => {
-      if (this.inTransaction) await this.#rollBack()
+      if (this.dirty) await this.#rollBack()
     })
   }
 
@@ -250,7 +290,7 @@ export class Session<Connection>
     const closedAt = this.place()
     return this.#actOutside('close()', async () => {
       if (outcome !== undefined) assertOutcome(outcome)
-      if (this.inTransaction && outcome === undefined) {
+      if (this.dirty && outcome === undefined) {
         const what = `The session was to be closed with a transaction open.${this.transaction.whereBegun}`
         throw new AmbientError('AMBIENT_TRANSACTION_OPEN', what, { database: this.name })
       }
@@ -488,6 +528,7 @@ export class Session<Connection>
     this.owner.forget(this.database, this)
     this.lane.close(this.#closed)
     this.#handle = undefined
+    this.unit = undefined
     this.database.sessions.delete(this)
     if (this.blocks) for (const block of this.blocks) block.leave() // such as never end
     if (this.owner.scope.beside) this.owner.scope.beside.session = undefined

@@ -25,6 +25,8 @@ export interface TransactionHost<Connection> {
   readonly holder: Holder<Connection>
   /** Something is committed, or may be, that a rollback of this transaction does not undo. */
   mayHaveCommitted(): void
+  /** What is known of the database is true no more: a savepoint was rolled back. */
+  forget(): void
   /** Where the caller is, while tracing. */
   place(): string | undefined
   /** Runs the database's `afterBegin` hook, if there is one. */
@@ -543,6 +545,7 @@ export class Transaction<Connection> {
     }
     level.failure = undefined
     if (refusal) level.opened = false
+    this.#host.forget()
     dropHooks(level.hooks)
   }
 

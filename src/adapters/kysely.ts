@@ -29,6 +29,7 @@ import {
 import { detach } from '../context.ts'
 import { type AmbientDatabase, handleOver } from '../database.ts'
 import { AmbientError } from '../errors.ts'
+import { iterate } from '../iterate.ts'
 import { checkDeferredOnPostgres, controlRefused, parseTransactionControl } from '../sql.ts'
 import { checkForeignKeys, isWithoutTransaction, probeByBegin, readOnlySwitch } from '../sqlite-control.ts'
 import { mysqlErrorTraits, notFromServer, postgresErrorTraits, sqliteErrorTraits } from '../traits.ts'
@@ -524,53 +525,10 @@ class AmbientConnection<Connection> implements DatabaseConnection {
     return collected.then(() => connection.executeQuery<Row>(query))
   }
 
-  async *streamQuery<Row>(query: CompiledQuery, chunkSize: number): AsyncIterableIterator<QueryResult<Row>> {
-    let rows: AsyncIterableIterator<QueryResult<Row>> | undefined
-    let ended: Error | undefined
-    const stream = await this.#statements.openStream((error) => {
-      ended = error
-      if (rows) close().then(() => stream.close(), stream.close)
-    }, this.block)
-    const unlessLost = racing(stream.lost) // a dialect may wait for an answer that a lost connection never gives
-    const close = async () => {
-      if (rows?.return) await unlessLost(rows.return())
-    }
-    let failure: unknown
-    try {
-      const connection = await this.#wrap(stream.connection)
-      if (ended) throw ended
-      rows = connection.streamQuery<Row>(query, chunkSize)
-      for (let next = await unlessLost(rows.next()); !next.done; next = await unlessLost(rows.next())) {
-        yield next.value
-        if (ended) throw ended
-      }
-      if (ended) throw ended
-    } catch (error) {
-      if (error !== ended) failure = error
-      throw error
-    } finally {
-      await close().catch((error) => {
-        failure ??= error
-      })
-      stream.close(failure)
-    }
+  streamQuery<Row>(query: CompiledQuery, chunkSize: number): AsyncIterableIterator<QueryResult<Row>> {
+    const start = async (connection: Connection) => (await this.#wrap(connection)).streamQuery<Row>(query, chunkSize)
+    return iterate(this.#statements, start, this.block)
   }
-}
-
-/** Lets promises settle as they do, unless `lost` rejects first. Unlike `Promise.race` it leaves nothing behind on `lost`. */
-function racing(lost: Promise<never>): <Value>(promise: Promise<Value>) => Promise<Value> {
-  const waiting = new Set<(error: unknown) => void>()
-  let error: unknown
-  lost.catch((reason) => {
-    error = reason
-    for (const reject of waiting) reject(reason)
-  })
-  return (promise) =>
-    new Promise((resolve, reject) => {
-      if (error) reject(error)
-      waiting.add(reject)
-      promise.then(resolve, reject).finally(() => waiting.delete(reject))
-    })
 }
 
 /** Turns Kysely's transaction calls into those of the session's blocks. */

@@ -1,9 +1,12 @@
 import { readFileSync } from 'node:fs'
 import { DatabaseSync } from 'node:sqlite'
 import type { PGliteInterface } from '@electric-sql/pglite'
+import { defineEntity, MikroORM, p } from '@mikro-orm/postgresql'
+import { MikroORM as SqliteOrm } from '@mikro-orm/sqlite'
 import { drizzleAdapter } from 'ambient-db/drizzle'
 import { knexAdapter } from 'ambient-db/knex'
 import { kyselyAdapter } from 'ambient-db/kysely'
+import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
@@ -21,6 +24,8 @@ import { DataSource, type DataSourceOptions } from 'typeorm'
 import { expect, it } from 'vitest'
 import type { Adapter, Capabilities } from '../../src/adapter.ts'
 import { forKysely } from '../support/sqlite.ts'
+
+const Note = defineEntity({ name: 'Note', properties: { id: p.integer().primary() } })
 
 /** In place of a PGlite, which takes seconds to start. */
 const closable = { close: async () => {} } as PGliteInterface
@@ -67,6 +72,9 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
     typeormAdapter(() => initialized({ type: 'mariadb' }, { pool: createPool({}).pool })),
   '`sequelizeAdapter`, dialect `postgres`': () => sequelizeAdapter(() => new Sequelize({ dialect: 'postgres' })),
   '`sequelizeAdapter`, dialect `mysql`': () => sequelizeAdapter(() => new Sequelize({ dialect: 'mysql' })),
+  '`mikroOrmAdapter` on PostgreSQL': () =>
+    mikroOrmAdapter(() => new MikroORM({ entities: [Note], clientUrl: 'postgres://localhost/none' })),
+  '`mikroOrmAdapter` on SQLite': () => mikroOrmAdapter(() => new SqliteOrm({ entities: [Note], dbName: ':memory:' })),
 }
 
 const [head, , ...rows] = readFileSync('docs/adapters.md', 'utf8')

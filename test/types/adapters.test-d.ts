@@ -1,4 +1,6 @@
 import { PGlite } from '@electric-sql/pglite'
+import { defineEntity, MikroORM, type PostgreSqlDriver, p, type SqlEntityManager } from '@mikro-orm/postgresql'
+import { MikroORM as SqliteOrm } from '@mikro-orm/sqlite'
 import {
   type AmbientDatabase,
   type AmbientSession,
@@ -12,6 +14,7 @@ import { type AdapterHarness, adapterSuite } from 'ambient-db/conformance'
 import { drizzleAdapter, drizzleHandle } from 'ambient-db/drizzle'
 import { knexAdapter } from 'ambient-db/knex'
 import { kyselyAdapter, kyselyHandle } from 'ambient-db/kysely'
+import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
@@ -193,6 +196,39 @@ describe('TypeORM handles', () => {
       typeormAdapter(new DataSource({ type: 'postgres' })),
       // @ts-expect-error the data source before it is initialized, which would connect
       typeormAdapter(() => new DataSource({ type: 'postgres' }).initialize()),
+    ])
+  })
+})
+
+const Person = defineEntity({ name: 'Person', properties: { id: p.integer().primary(), name: p.string() } })
+
+describe('MikroORM handles', () => {
+  const onInit = defineDatabase({
+    name: 'main',
+    adapter: mikroOrmAdapter((host) => MikroORM.init({ entities: [Person], host })),
+  })
+  const atOnce = defineDatabase({
+    name: 'main',
+    adapter: mikroOrmAdapter(() => new SqliteOrm({ entities: [Person], dbName: ':memory:' })),
+  })
+
+  it('are managers of the driver', () => {
+    expectTypeOf(onInit.db).toExtend<SqlEntityManager<PostgreSqlDriver>>()
+    expectTypeOf(onInit.db).toEqualTypeOf<Awaited<ReturnType<typeof onInit.connect>>['em']>()
+    expectTypeOf(atOnce.connect).returns.resolves.toExtend<SqliteOrm>()
+    expectTypeOf(atOnce.session().db).toEqualTypeOf(atOnce.db)
+  })
+
+  it('know the entities', () => {
+    const found = async () => (await onInit.db.findOneOrFail(Person, 1)).name
+    expectTypeOf(found).returns.resolves.toEqualTypeOf<string>()
+    void (() => [
+      // @ts-expect-error a name is a string
+      atOnce.db.create(Person, { name: 1 }),
+      // @ts-expect-error a function that makes the ORM
+      mikroOrmAdapter(new SqliteOrm({ entities: [Person] })),
+      // @ts-expect-error the ORM, not its manager
+      mikroOrmAdapter(() => onInit.db),
     ])
   })
 })

@@ -122,6 +122,8 @@ function withRun(adapter: AnyAdapter, change: (run: Run) => Run): AnyAdapter {
         openStream: (destroy, block) => statements.openStream(destroy, block),
         createBlock: () => statements.createBlock(),
         afterCommit: (hook, block) => statements.afterCommit(hook, block),
+        enclose: (work) => statements.enclose(work),
+        unitOfWork: (make) => statements.unitOfWork(make),
       }),
   }
 }
