@@ -632,7 +632,7 @@ class Home implements UnitOfWork {
       const value = (entity as Record<string, object | undefined>)[name]
       if (Utils.isCollection(value)) return value.isDirty() || value.getItems(false).some((item) => !known.has(item))
       const other = value && Reference.unwrapReference(value)
-      const cascades = cascade.includes(Cascade.PERSIST) || cascade.includes(Cascade.ALL)
+      const cascades = cascade?.includes(Cascade.PERSIST) || cascade?.includes(Cascade.ALL)
       return cascades && Utils.isEntity(other) && !known.has(other)
     })
   }

@@ -16,12 +16,14 @@ const Author = defineEntity({
     id: p.integer().primary(),
     name: p.string().unique(),
     books: () => p.oneToMany(Book).mappedBy('author'),
+    tags: () => p.manyToMany(Tag),
   },
 })
 const Book = defineEntity({
   name: 'Book',
   properties: { id: p.integer().primary(), title: p.string(), author: () => p.manyToOne(Author) },
 })
+const Tag = defineEntity({ name: 'Tag', properties: { id: p.integer().primary() } })
 const planned = new Error('planned')
 
 /** What the tests use of a database on either engine; the manager for PostgreSQL stands for both. */
@@ -33,10 +35,12 @@ interface Subject {
   close(): Promise<unknown>
 }
 
-const entities = [Author, Book]
+const entities = [Author, Book, Tag]
 const tables = [
   'create table author (id integer primary key, name varchar(255) not null unique)',
   'create table book (id integer primary key, title varchar(255) not null, author_id integer not null references author)',
+  'create table tag (id integer primary key)',
+  'create table author_tags (author_id integer references author, tag_id integer references tag, primary key (author_id, tag_id))',
 ]
 const select = 'select name from author order by name'
 
@@ -52,7 +56,7 @@ const subjects: Record<string, () => Promise<Subject>> = {
     return {
       main: main as unknown as Subject['main'],
       names: async () => (await rows<{ name: string }>(select)).map(({ name }) => name),
-      clear: () => rows('truncate author, book'),
+      clear: () => rows('truncate author, book, tag, author_tags'),
       async close() {
         await main.shutdown()
         await database.drop()
@@ -74,7 +78,7 @@ const subjects: Record<string, () => Promise<Subject>> = {
       main: main as unknown as Subject['main'],
       names: async () => (await execute<{ name: string }>(select)).map(({ name }) => name),
       async clear() {
-        await execute('delete from book')
+        for (const table of ['author_tags', 'tag', 'book']) await execute(`delete from ${table}`)
         await execute('delete from author')
       },
       async close() {
@@ -138,6 +142,30 @@ describe.each(Object.entries(subjects))('mikroOrmAdapter on %s', (engine, make) 
       await newContext(async () => {
         expect(await main.db.count(Book)).toBe(1)
       })
+    })
+
+    it('C4 also what is only in a relation of many to many', async () => {
+      await newContext(async () => {
+        create(1, 'Ada')
+        main.db.create(Tag, { id: 1 })
+        await main.commit()
+        const ada = await main.db.findOneOrFail(Author, 1, { populate: ['tags'] })
+        ada.tags.add(await main.db.findOneOrFail(Tag, 1))
+      })
+      await newContext(async () => {
+        expect(await main.db.execute('select * from author_tags')).toEqual([{ author_id: 1, tag_id: 1 }])
+      })
+    })
+
+    it('S6 and is done with what only seems to have changed', async () => {
+      await newContext(async () => {
+        const ada = create(1, 'Ada')
+        await main.commit()
+        ada.books.setDirty()
+        await main.commit()
+        await main.closeSession()
+      })
+      expect(await subject.names()).toEqual(['Ada'])
     })
 
     it('S4 by commit(), and a failure of it rejects and keeps nothing', async () => {
@@ -357,6 +385,7 @@ describe.each(Object.entries(subjects))('mikroOrmAdapter on %s', (engine, make) 
           expect(await subject.names()).toEqual(['Bea'])
           create(3, 'Cy')
           expect(await main.db.find(Author, {})).toHaveLength(2) // flushes first
+          expect(await subject.names()).toEqual(['Bea', 'Cy'])
           create(4, 'Di')
         },
         { transaction: 'autocommit' },
@@ -404,6 +433,25 @@ describe.each(Object.entries(subjects))('mikroOrmAdapter on %s', (engine, make) 
         await swallowed(failing)
       })
       expect(await subject.names()).toEqual(['Ada', 'Bea'])
+    })
+
+    it('A4 of which each has a manager that its callback finds, and what was pending before is outside', async () => {
+      await newContext(async () => {
+        create(1, 'Ada')
+        const failing = main.db.transactional(async (em) => {
+          const bea = create(2, 'Bea')
+          expect(em.getUnitOfWork().getPersistStack().has(bea)).toBe(true)
+          if (engine === 'PostgreSQL') {
+            await newContext(() => expect(main.db.getUnitOfWork().getPersistStack().size).toBe(0))
+          }
+          throw planned
+        })
+        await swallowed(failing)
+        const fork = main.db.fork()
+        fork.resetTransactionContext()
+        expect(await fork.find(Author, {})).toHaveLength(1) // still in the session
+      })
+      expect(await subject.names()).toEqual(['Ada'])
     })
 
     it('A4 in parallel, and one that joins', async () => {

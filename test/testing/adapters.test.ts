@@ -3,21 +3,26 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { DatabaseSync } from 'node:sqlite'
 import { PGlite } from '@electric-sql/pglite'
+import { defineEntity, MikroORM, p } from '@mikro-orm/postgresql'
+import { MikroORM as SqliteOrm } from '@mikro-orm/sqlite'
 import { type AmbientDatabase, defineDatabase, newContext } from 'ambient-db'
 import { drizzleAdapter } from 'ambient-db/drizzle'
 import { knexAdapter } from 'ambient-db/knex'
 import { kyselyAdapter } from 'ambient-db/kysely'
+import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
 import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { sandbox } from 'ambient-db/testing'
+import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle } from 'drizzle-orm/node-postgres'
 import knex from 'knex'
 import { CompiledQuery, type Kysely, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
 import { Sequelize } from 'sequelize'
+import { DataSource, type EntityManager } from 'typeorm'
 import { afterAll, beforeAll, describe, expect, it, type TestContext } from 'vitest'
 import { statement } from '../support/drizzle.ts'
 import { createMysqlDatabase } from '../support/mysql.ts'
@@ -83,6 +88,30 @@ async function onSqlite(): Promise<Subject> {
     async close() {
       await main.shutdown()
       other.close()
+      await rm(folder, { recursive: true })
+    },
+  }
+}
+
+const Note = defineEntity({ name: 'Note', properties: { id: p.integer().primary() } })
+
+async function onMikroSqlite(): Promise<Subject> {
+  const folder = await mkdtemp(join(tmpdir(), 'ambient-db-'))
+  const dbName = join(folder, 'main.sqlite')
+  const open = () => new SqliteOrm({ entities: [Note], dbName, logger: () => {} })
+  const other = open()
+  await other.em.fork().execute('pragma journal_mode = wal')
+  for (const sql of tables) await other.em.fork().execute(sql)
+  const main = defineDatabase({ name: 'main', adapter: mikroOrmAdapter(open) })
+  const run = (sql: string) => main.db.execute(sql)
+  return {
+    main,
+    run,
+    ids: async () => idsOf(await run(select)),
+    witness: async () => idsOf(await other.em.fork().execute(select)),
+    async close() {
+      await main.shutdown()
+      await other.close()
       await rm(folder, { recursive: true })
     },
   }
@@ -159,6 +188,19 @@ const subjects: Record<string, () => Promise<Subject>> = {
         defineDatabase({ name: 'main', adapter: sequelizeAdapter(() => new Sequelize(url, { logging: false })) }),
       async (db: Sequelize, sql) => ({ rows: (await db.query(sql))[0] }),
     ),
+  'TypeORM on PostgreSQL': () =>
+    onPostgres(
+      (_pool, url) =>
+        defineDatabase({ name: 'main', adapter: typeormAdapter(() => new DataSource({ type: 'postgres', url })) }),
+      async (db: EntityManager, sql) => ({ rows: await db.query(sql) }),
+    ),
+  'MikroORM on PostgreSQL': () =>
+    onPostgres(
+      (_pool, clientUrl) =>
+        defineDatabase({ name: 'main', adapter: mikroOrmAdapter(() => new MikroORM({ entities: [Note], clientUrl })) }),
+      async (db: { execute(sql: string): Promise<unknown> }, sql) => ({ rows: await db.execute(sql) }),
+    ),
+  'MikroORM on SQLite': onMikroSqlite,
   'Kysely on SQLite': onSqlite,
   PGlite: onPGlite,
   mysql2: onMysql,
