@@ -1,4 +1,4 @@
-import type { NativeBlock, Statements } from './adapter.ts'
+import type { NativeBlock, Statements, TransactionSettings } from './adapter.ts'
 import { controlRefused, type TransactionControl } from './sql.ts'
 
 /** The block that the next lease takes as its own. */
@@ -76,6 +76,23 @@ export class LeasedTransaction<Connection> {
     } else {
       await block.rollbackTo(control.name)
     }
+  }
+
+  /** Runs `work` as its transaction, and releases it: what `work` did not end itself is committed, or rolled back if it throws. */
+  run<Result>(settings: TransactionSettings, work: () => Promise<Result>): Promise<Result> {
+    return this.block.enter(async () => {
+      try {
+        await this.control({ kind: 'begin', settings })
+        const result = await work()
+        if (this.#open) await this.control({ kind: 'commit' })
+        return result
+      } catch (error) {
+        if (this.#open) await this.control({ kind: 'rollback' })
+        throw error
+      } finally {
+        this.release()
+      }
+    })
   }
 
   /** Ends the lease; a transaction that is still open on it is rolled back. */
