@@ -30,6 +30,26 @@ function takeOffered(statements: unknown): NativeBlock | undefined {
   return block
 }
 
+let atOnce = false
+
+/**
+ * Runs what starts a library's query. A driver whose queries start when they are awaited would start it a moment later, when it has
+ * not counted as issued: what asks {@link startsAtOnce} starts it now.
+ */
+export function startAtOnce<Result>(work: () => Result): Result {
+  atOnce = true
+  try {
+    return work()
+  } finally {
+    atOnce = false
+  }
+}
+
+/** Whether a library's query is being started. */
+export function startsAtOnce(): boolean {
+  return atOnce
+}
+
 /** The transaction of a client that was leased from a session: its BEGIN … COMMIT is a savepoint of the session. */
 export class LeasedTransaction<Connection> {
   readonly block: NativeBlock

@@ -1,7 +1,7 @@
 import { type Adapter, overDriver, type Statements } from '../adapter.ts'
 import { type AmbientDatabase, handleOver } from '../database.ts'
 import { isAmbientError } from '../errors.ts'
-import { inLease } from '../leased.ts'
+import { inLease, startAtOnce } from '../leased.ts'
 
 /** What every asynchronous Drizzle database has, whatever its driver. */
 interface DrizzleDatabase {
@@ -110,7 +110,7 @@ function unwrapQueries(session: Session): void {
   session.prepareQuery = (...args) => {
     const query = prepareQuery(...args)
     const execute = query.execute.bind(query)
-    query.execute = (...values) => execute(...values).catch(rethrow)
+    query.execute = (...values) => startAtOnce(() => execute(...values)).catch(rethrow)
     const iterate = query.iterator?.bind(query)
     if (iterate) {
       query.iterator = async function* iterator(...values) {

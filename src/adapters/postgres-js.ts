@@ -4,7 +4,7 @@ import postgres, { type Sql, type TransactionSql } from 'postgres'
 import { type Adapter, callFactory, type ErrorTraits, type Statements } from '../adapter.ts'
 import { bindCallback } from '../context.ts'
 import { AmbientError } from '../errors.ts'
-import { LeasedTransaction } from '../leased.ts'
+import { LeasedTransaction, startsAtOnce } from '../leased.ts'
 import { sendCancelRequest } from '../postgres-cancel.ts'
 import { identifyTransaction, lookUpTransaction } from '../postgres-lookup.ts'
 import { checkDeferredOnPostgres, controlRefused, parseTransactionControl, transactionModes } from '../sql.ts'
@@ -689,7 +689,10 @@ function queriesIn(place: Place): (first: unknown, ...rest: unknown[]) => unknow
     types: typed,
     array: helper('array'),
     json: helper('json'),
-    unsafe: (text: string, ...rest: unknown[]) => new AmbientQuery(place, unsafe(text, ...rest)),
+    unsafe(text: string, ...rest: unknown[]) {
+      const query = new AmbientQuery(place, unsafe(text, ...rest))
+      return startsAtOnce() ? query.execute() : query
+    },
     file(path: string, ...rest: unknown[]) {
       const load = async () => unsafe(await readFile(path, 'utf8'), ...rest)
       return new AmbientQuery(place, new Recorded(() => {}), load)
