@@ -1,20 +1,28 @@
 import type { NativeBlock, Statements, TransactionSettings } from './adapter.ts'
 import { controlRefused, type TransactionControl } from './sql.ts'
 
-/** The block that the next lease takes as its own. */
-let offered: { readonly statements: unknown; readonly block: NativeBlock } | undefined
+/** What the next lease takes as its own. */
+let offered: Offer | undefined
+
+interface Offer {
+  readonly statements: unknown
+  readonly block: NativeBlock
+  readonly settings: TransactionSettings
+}
 
 /**
  * Runs a library's transaction method, which leases a client before it waits for anything, and begins on it, as the scope of
- * that transaction: helpers that it calls belong to it, and others wait for its end.
+ * that transaction: helpers that it calls belong to it, and others wait for its end. `settings` are what it was asked for, where its
+ * BEGIN may not say so.
  */
 export function inLease<Connection, Result>(
   statements: Statements<Connection>,
   work: (block: NativeBlock) => Result,
+  settings: TransactionSettings = {},
 ): Result {
   const block = statements.createBlock()
   return block.enter(() => {
-    offered = { statements, block }
+    offered = { statements, block, settings }
     try {
       return work(block)
     } finally {
@@ -23,11 +31,11 @@ export function inLease<Connection, Result>(
   })
 }
 
-function takeOffered(statements: unknown): NativeBlock | undefined {
+function takeOffered(statements: unknown): Offer | undefined {
   if (!offered || offered.statements !== statements) return undefined
-  const { block } = offered
+  const taken = offered
   offered = undefined
-  return block
+  return taken
 }
 
 let atOnce = false
@@ -54,13 +62,16 @@ export function startsAtOnce(): boolean {
 export class LeasedTransaction<Connection> {
   readonly block: NativeBlock
   readonly #statements: Statements<Connection>
+  readonly #settings: TransactionSettings
   #open = false
   /** Its COMMIT failed: the ROLLBACK that libraries then send has nothing left to do, and must not hide that error. */
   #failed = false
 
   constructor(statements: Statements<Connection>) {
     this.#statements = statements
-    this.block = takeOffered(statements) ?? statements.createBlock()
+    const taken = takeOffered(statements)
+    this.block = taken?.block ?? statements.createBlock()
+    this.#settings = taken?.settings ?? {}
   }
 
   get open(): boolean {
@@ -78,7 +89,7 @@ export class LeasedTransaction<Connection> {
     if (control.kind === 'begin') {
       const before = this.#open
       this.#open = true // from now on, for what is sent behind it without waiting
-      await block.begin(control.settings).catch((error) => {
+      await block.begin({ ...this.#settings, ...control.settings }).catch((error) => {
         this.#open = before
         throw error
       })
