@@ -3,11 +3,17 @@ import { connect, type Socket } from 'node:net'
 import postgres, { type Sql, type TransactionSql } from 'postgres'
 import { type Adapter, callFactory, type ErrorTraits, type Statements } from '../adapter.ts'
 import { bindCallback } from '../context.ts'
-import { AmbientError } from '../errors.ts'
+import { AmbientError, isAmbientError } from '../errors.ts'
 import { LeasedTransaction, startsAtOnce } from '../leased.ts'
 import { sendCancelRequest } from '../postgres-cancel.ts'
 import { identifyTransaction, lookUpTransaction } from '../postgres-lookup.ts'
-import { checkDeferredOnPostgres, controlRefused, parseTransactionControl, transactionModes } from '../sql.ts'
+import {
+  checkDeferredOnPostgres,
+  controlRefused,
+  parseTransactionControl,
+  transactionModes,
+  withoutLeading,
+} from '../sql.ts'
 import { nextTurn } from '../time.ts'
 import { postgresErrorTraits } from '../traits.ts'
 
@@ -55,7 +61,8 @@ export function postgresJsAdapter<Types extends Record<string, unknown>>(
       types.engine = engine as unknown as Sql // of its types nothing is asked
       return engine
     },
-    closeEngine: (engine) => engine.end({ timeout: 5 }), // without it, it waits for ever for a server that does not answer
+    // Without a bound it waits for ever, also where a connection was lost under a query.
+    closeEngine: (engine) => engine.end({ timeout: 2 }),
     async acquire(engine, onLost) {
       const connection = await deskOf(engine).acquire()
       connection.watch(onLost)
@@ -109,7 +116,8 @@ const refusals = ['UNDEFINED_VALUE', 'MAX_PARAMETERS_EXCEEDED', 'NOT_TAGGED_CALL
 
 function errorTraits(error: unknown): ErrorTraits {
   const { code, severity } = (error ?? {}) as { code?: unknown; severity?: unknown }
-  if (severity === undefined && refusals.includes(code as string)) return { reply: 'unsent', retryable: false }
+  const refused = isAmbientError(error) || (severity === undefined && refusals.includes(code as string))
+  if (refused) return { reply: 'unsent', retryable: false }
   return postgresErrorTraits(error)
 }
 
@@ -380,7 +388,9 @@ export class PostgresJsConnection {
 
   async destroy(): Promise<void> {
     await nextTurn() // what waits to be written would be left over for the next connection in its place
-    if (!this.#closed) this.#wire.terminate()
+    if (this.#closed) return
+    this.#wire.reserved = null // or the end of the engine would wait for it
+    this.#wire.terminate()
   }
 }
 
@@ -435,6 +445,13 @@ function textOf(value: unknown): string {
 /** What closes a cursor of the ambient `sql`. */
 const close = {}
 
+/** What is answered by a stream, of which postgres.js does not say when it is over, or that it failed. */
+const copies = /^copy\b[^;]*\b(?:stdin|stdout)\b/i
+
+function noCopy(): AmbientError {
+  return new AmbientError('AMBIENT_UNSUPPORTED', 'COPY is done on the `sql` of the engine, which `connect()` gives.')
+}
+
 type Modifier = 'simple' | 'values' | 'raw' | 'describe'
 
 /** A query as postgres.js has it: it runs when it is awaited or executed, or is part of another one. */
@@ -465,6 +482,9 @@ class AmbientQuery extends Recorded implements PromiseLike<Answer> {
   values = (): this => this.#modify('values')
   raw = (): this => this.#modify('raw')
   describe = (): this => this.#modify('describe')
+
+  readable = (): Promise<never> => Promise.reject(noCopy())
+  writable = (): Promise<never> => Promise.reject(noCopy())
 
   #modify(modifier: Modifier): this {
     this.#modifiers.push(modifier)
@@ -527,6 +547,7 @@ class AmbientQuery extends Recorded implements PromiseLike<Answer> {
     const { make, text } = this.#load ? await this.#load() : this
     const sql = text()
     if (parseTransactionControl(sql)) throw controlRefused(this.#statements.name)
+    if (copies.test(withoutLeading(sql))) throw noCopy()
     if (this.#cancelled) {
       const what = '57014: canceling statement due to user request'
       throw Object.assign(new Error(what), { code: '57014' }) // as postgres.js says it
