@@ -7,13 +7,16 @@ import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { postgresJsAdapter } from 'ambient-db/postgres-js'
 import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg } from 'drizzle-orm/node-postgres'
 import { drizzle as drizzlePglite } from 'drizzle-orm/pglite'
+import { drizzle as drizzlePostgresJs } from 'drizzle-orm/postgres-js'
 import knex from 'knex'
 import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
+import postgres from 'postgres'
 import { expect, it } from 'vitest'
 import type { Adapter, Capabilities } from '../../src/adapter.ts'
 import { forKysely } from '../support/sqlite.ts'
@@ -26,6 +29,7 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
   '`pgAdapter`': () => pgAdapter(() => new Pool()),
   '`pgAdapter`, pool with `pipeline: true`': () => pgAdapter(() => new Pool({ pipeline: true } as PoolConfig)),
   '`mysql2Adapter`': () => mysql2Adapter(() => createPool({})),
+  '`postgresJsAdapter`': () => postgresJsAdapter(() => postgres()),
   '`pgliteAdapter`': () => pgliteAdapter(() => closable),
   '`drizzleAdapter` over `pgAdapter`': () =>
     drizzleAdapter(
@@ -36,6 +40,11 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
     drizzleAdapter(
       mysql2Adapter(() => createPool({})),
       (client) => drizzleMysql({ client }),
+    ),
+  '`drizzleAdapter` over `postgresJsAdapter`': () =>
+    drizzleAdapter(
+      postgresJsAdapter(() => postgres()),
+      (client) => drizzlePostgresJs({ client }),
     ),
   '`drizzleAdapter` over `pgliteAdapter`': () =>
     drizzleAdapter(

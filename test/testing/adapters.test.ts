@@ -10,12 +10,14 @@ import { kyselyAdapter } from 'ambient-db/kysely'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { postgresJsAdapter } from 'ambient-db/postgres-js'
 import { sandbox } from 'ambient-db/testing'
 import { drizzle } from 'drizzle-orm/node-postgres'
 import knex from 'knex'
 import { CompiledQuery, type Kysely, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
+import postgres, { type Sql } from 'postgres'
 import { afterAll, beforeAll, describe, expect, it, type TestContext } from 'vitest'
 import { statement } from '../support/drizzle.ts'
 import { createMysqlDatabase } from '../support/mysql.ts'
@@ -124,6 +126,14 @@ const overPg = (pool: () => Pool) => defineDatabase({ name: 'main', adapter: pgA
 const subjects: Record<string, () => Promise<Subject>> = {
   pg: () => onPostgres(overPg, query),
   'pg with a pipelined pool': () => onPostgres(overPg, query, { pipeline: true } as PoolConfig),
+  'postgres.js': () =>
+    onPostgres(
+      (_, url) => {
+        const adapter = postgresJsAdapter(() => postgres(url, { onnotice() {} }))
+        return defineDatabase({ name: 'main', adapter })
+      },
+      async (db: Sql, sql) => ({ rows: await db.unsafe(sql) }),
+    ),
   'Drizzle over pg': () =>
     onPostgres(
       (pool) =>
