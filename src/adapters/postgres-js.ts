@@ -2,6 +2,7 @@ import { readFile } from 'node:fs/promises'
 import { connect, type Socket } from 'node:net'
 import postgres, { type Sql, type TransactionSql } from 'postgres'
 import { type Adapter, callFactory, type ErrorTraits, type Statements } from '../adapter.ts'
+import { bounded } from '../clock.ts'
 import { bindCallback } from '../context.ts'
 import { AmbientError, isAmbientError } from '../errors.ts'
 import { LeasedTransaction, startsAtOnce } from '../leased.ts'
@@ -14,7 +15,7 @@ import {
   transactionModes,
   withoutLeading,
 } from '../sql.ts'
-import { nextTurn } from '../time.ts'
+import { drained, nextTurn } from '../time.ts'
 import { postgresErrorTraits } from '../traits.ts'
 
 /**
@@ -61,8 +62,10 @@ export function postgresJsAdapter<Types extends Record<string, unknown>>(
       types.engine = engine as unknown as Sql // of its types nothing is asked
       return engine
     },
-    // Without a bound it waits for ever, also where a connection was lost under a query.
-    closeEngine: (engine) => engine.end({ timeout: 2 }),
+    async closeEngine(engine) {
+      await deskOf(engine).quiet()
+      await engine.end({ timeout: patience / 1000 }) // without it, it waits for ever where a connection was lost under a query
+    },
     async acquire(engine, onLost) {
       const connection = await deskOf(engine).acquire()
       connection.watch(onLost)
@@ -110,6 +113,9 @@ export function postgresJsAdapter<Types extends Record<string, unknown>>(
     createHandle: (statements) => createHandle(statements, types) as unknown as Sql<Types>, // it has the members of one
   }
 }
+
+/** How long the end of an engine waits for what is still asked of it, in ms, before it ends that too. */
+const patience = 2000
 
 /** What postgres.js says by itself, of a query that it did not send. */
 const refusals = ['UNDEFINED_VALUE', 'MAX_PARAMETERS_EXCEEDED', 'NOT_TAGGED_CALL', '57014']
@@ -163,6 +169,7 @@ class Desk {
   readonly #waiting: { resolve(connection: PostgresJsConnection): void; reject(error: unknown): void }[] = []
   /** How many queries without text are on their way to a connection. */
   #asked = 0
+  readonly #queries = new Set<Promise<unknown>>()
   /** Given back just now. */
   readonly #spare = new Set<PostgresJsConnection>()
 
@@ -196,7 +203,7 @@ class Desk {
       return !waiter // the pool may go on with it
     }
     const query = this.#sql.unsafe('', [], { onexecute })
-    query.then(
+    const done = query.then(
       () => {
         const waiter = over() // a connection with much to send takes a query without calling
         if (!waiter) return
@@ -205,6 +212,13 @@ class Desk {
       },
       (error) => over()?.reject(error),
     )
+    this.#queries.add(done)
+    void done.then(() => this.#queries.delete(done))
+  }
+
+  /** Waits for the queries whose connections others were given: the pool would connect for them behind its own end. */
+  async quiet(): Promise<void> {
+    await bounded(Promise.all(this.#queries), patience, () => undefined).catch(() => {})
   }
 
   release(connection: PostgresJsConnection, broken: Error | undefined): Promise<void> | undefined {
@@ -216,7 +230,9 @@ class Desk {
       waiter.resolve(connection)
     } else {
       this.#spare.add(connection)
-      setImmediate(() => {
+      // Not by setImmediate, which writes would then wait for as well: a connection that is cut between a write of postgres.js
+      // and the end of its turn of the event loop spoils its place in the pool.
+      void drained().then(() => {
         if (this.#spare.delete(connection)) connection.giveBack()
       })
     }

@@ -389,7 +389,11 @@ describe('query.cancel()', () => {
 
 describe('connections of postgres.js', () => {
   it('S7 S11 are not lost where connecting fails, nor waited for in vain', async () => {
-    await using({ max: 2, fetch_types: false }, async (main) => {
+    let closed = 0
+    const onclose = () => {
+      closed++
+    }
+    await using({ max: 2, fetch_types: false, onclose }, async (main) => {
       for (let round = 0; round < 3; round++) {
         const trap = wire.at('< R', 'reset', { times: 2 })
         const units = [1, 2, 3, 4].map((id) => newContext(() => main.db`insert into notes values (${round * 10 + id})`))
@@ -397,8 +401,11 @@ describe('connections of postgres.js', () => {
         expect(settled.filter(({ status }) => status === 'rejected').length).toBeLessThanOrEqual(2)
         trap.remove()
         await Promise.all([1, 2].map(() => newContext(() => main.db`select pg_sleep(0.01)`)))
+        const engine = await main.connect()
+        await Promise.all([engine`select pg_sleep(0.01)`, engine`select pg_sleep(0.01)`]) // nothing is under way
+        closed = 0
         wire.cut('reset')
-        await until(() => wire.open === 0, 'the cut')
+        await until(() => closed === 2, 'the client to notice')
       }
     })
   })
@@ -444,6 +451,8 @@ describe('connections of postgres.js', () => {
       expect(wire.traffic.connections).toBe(0)
       expect(order.indexOf('direct')).toBeLessThan(130)
     })
+    expect(wire.traffic.connections).toBe(0) // nor behind its end
+    await until(() => wire.open === 0, 'the end of its connection')
   })
 
   it('S2 takes three round trips for a statement that is prepared', async () => {
