@@ -1,7 +1,7 @@
-import { type Adapter, overDriver, type Statements } from '../adapter.ts'
+import { type Adapter, type NativeBlock, overDriver, type Statements, type TransactionSettings } from '../adapter.ts'
 import { type AmbientDatabase, handleOver } from '../database.ts'
 import { isAmbientError } from '../errors.ts'
-import { inLease } from '../leased.ts'
+import { inLease, startAtOnce } from '../leased.ts'
 
 /** What every asynchronous Drizzle database has, whatever its driver. */
 interface DrizzleDatabase {
@@ -90,18 +90,29 @@ interface PreparedQuery {
 function inSession<Database extends DrizzleDatabase>(statements: Statements<unknown>, database: Database): Database {
   const own = database as unknown as Transactor // see there
   const native = own.transaction.bind(own)
-  const transact: Transactor['transaction'] = async (work, config) =>
-    inLease(statements, (block) =>
+  const transact: Transactor['transaction'] = async (work, config) => {
+    const begin = (block: NativeBlock) =>
       native((transaction) => {
         unwrapQueries(transaction.session)
         // Its own would share one connection, and the name of the savepoint, with those beside it.
         transaction.transaction = (inner, options) => block.enter(() => transact(inner, options))
         return work(transaction)
-      }, config).catch(rethrow),
-    )
+      }, config).catch(rethrow)
+    return inLease(statements, begin, settingsOf(config))
+  }
   own.transaction = transact
   unwrapQueries(own.session)
   return database
+}
+
+/** Over some drivers Drizzle sets the modes of a transaction behind its BEGIN, where a savepoint has none. */
+function settingsOf(config: unknown): TransactionSettings {
+  const { isolationLevel, accessMode, deferrable } = (config ?? {}) as TransactionSettings & { accessMode?: string }
+  return {
+    ...(isolationLevel && { isolationLevel }),
+    ...(accessMode && { readOnly: accessMode === 'read only' }),
+    ...(deferrable !== undefined && { deferrable }),
+  }
 }
 
 /** Lets the refusals of the session through to those who run queries. */
@@ -110,7 +121,7 @@ function unwrapQueries(session: Session): void {
   session.prepareQuery = (...args) => {
     const query = prepareQuery(...args)
     const execute = query.execute.bind(query)
-    query.execute = (...values) => execute(...values).catch(rethrow)
+    query.execute = (...values) => startAtOnce(() => execute(...values)).catch(rethrow)
     const iterate = query.iterator?.bind(query)
     if (iterate) {
       query.iterator = async function* iterator(...values) {

@@ -5,6 +5,7 @@ import { type Adapter, callFactory, type NativeBlock, type Statements } from '..
 import { bindCallback, bindEmitter } from '../context.ts'
 import { AmbientError } from '../errors.ts'
 import { LeasedTransaction } from '../leased.ts'
+import { sendCancelRequest } from '../postgres-cancel.ts'
 import { identifyTransaction, lookUpTransaction } from '../postgres-lookup.ts'
 import {
   checkDeferredOnPostgres,
@@ -196,22 +197,11 @@ async function withClient<Result>(
   }
 }
 
-/** The protocol's cancel request: a connection of its own, which the server closes once the signal was sent. */
 function requestCancel(client: PoolClient): Promise<void> {
   const { processID, secretKey } = client as PoolClient & { processID: number; secretKey: number } // not in the types of pg
-  const packet = Buffer.alloc(16)
-  packet.writeInt32BE(16, 0)
-  packet.writeInt32BE(80877102, 4)
-  packet.writeInt32BE(processID, 8)
-  packet.writeInt32BE(secretKey, 12)
   const { host, port } = client
   const socket = host.startsWith('/') ? connectSocket(`${host}/.s.PGSQL.${port}`) : connectSocket(port, host)
-  return new Promise((resolve, reject) => {
-    socket.once('error', reject)
-    socket.once('close', () => resolve())
-    socket.end(packet)
-    socket.resume()
-  })
+  return sendCancelRequest(socket, processID, secretKey)
 }
 
 /** What pg's own classes for queries, cursors and streams have in common. */

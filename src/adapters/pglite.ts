@@ -216,18 +216,9 @@ async function transact<Result>(
       return closed
     },
   }
-  return lease.block.enter(async () => {
-    try {
-      await lease.control({ kind: 'begin', settings: {} })
-      const result = await work(transaction)
-      if (!closed) await lease.control({ kind: 'commit' })
-      return result
-    } catch (error) {
-      if (lease.open) await lease.control({ kind: 'rollback' })
-      throw error
-    } finally {
-      closed = true
-      lease.release()
-    }
-  })
+  try {
+    return await lease.run({}, () => work(transaction))
+  } finally {
+    closed = true
+  }
 }

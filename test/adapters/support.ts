@@ -35,16 +35,29 @@ const postgresCapabilities: Capabilities = {
   singleConnection: false,
 }
 
-/** What a harness for PostgreSQL needs to know of one library. */
-export interface PostgresSubject<Handle>
+/** What a harness for PostgreSQL needs to know of one library, whose engine is a pool of pg's unless it says so. */
+export interface PostgresSubject<Handle, Engine = Pool>
   extends Pick<AdapterHarness<Handle>, 'transaction' | 'beginTransaction' | 'stream' | 'driverError'> {
   readonly capabilities?: Partial<Capabilities>
-  define(pool: (host?: string) => Pool, options: HarnessOptions<Handle>): AmbientDatabase<Handle, unknown>
+  define(make: (host?: string) => Engine, options: HarnessOptions<Handle>): AmbientDatabase<Handle, unknown>
   query(handle: Handle, sql: string, parameters?: unknown[]): Promise<{ rows: unknown[] }>
 }
 
+/** An engine as a harness sees it. */
+export interface PostgresProbe extends EngineProbe {
+  /** Connections that the client has not seen the end of. */
+  readonly living: number
+}
+
+/** Makes an engine of so many connections, and what looks at it. */
+export type MakeEngine<Engine> = (
+  url: string,
+  connections: number,
+  host?: string,
+) => { readonly engine: Engine; readonly probe: PostgresProbe }
+
 /** A pool and what became of its clients. */
-class PoolProbe implements EngineProbe {
+class PoolProbe implements PostgresProbe {
   readonly host: string | undefined
   readonly pool: Pool
   readonly #living = new Set<unknown>()
@@ -75,12 +88,28 @@ class PoolProbe implements EngineProbe {
   }
 }
 
+type PostgresHarness<Handle> = AdapterHarness<Handle> & { readonly wire: WireProxy; close(): Promise<void> }
+
 /** Creates the tables of the suite and the harness; `close` stops its proxy. */
-export async function postgresHarness<Handle>(
+export function postgresHarness<Handle>(
   database: TestDatabase,
   subject: PostgresSubject<Handle>,
   config: PoolConfig = {},
-): Promise<AdapterHarness<Handle> & { readonly wire: WireProxy; close(): Promise<void> }> {
+): Promise<PostgresHarness<Handle>> {
+  return postgresHarnessOver(database, subject, (url, max, host) => {
+    const engine = new Pool({ connectionString: url, max, ...config })
+    if (subject.capabilities?.lossDetection === false) engine.on('connect', (client) => client.on('error', () => {}))
+    engine.on('error', () => {})
+    return { engine, probe: new PoolProbe(host, engine) }
+  })
+}
+
+/** The same over other engines. */
+export async function postgresHarnessOver<Handle, Engine>(
+  database: TestDatabase,
+  subject: PostgresSubject<Handle, Engine>,
+  makeEngine: MakeEngine<Engine>,
+): Promise<PostgresHarness<Handle>> {
   const { rows } = database.witness
   await rows('create table items (id int primary key, n int not null default 0)')
   await rows('create table orphans (item int references items deferrable initially deferred)')
@@ -90,7 +119,7 @@ export async function postgresHarness<Handle>(
     create constraint trigger gate after insert on gates deferrable initially deferred
       for each row execute function pass_gate()`)
   const wire = await startProxy(database.url)
-  let probes: PoolProbe[] = []
+  let probes: PostgresProbe[] = []
   const probe = ({ key, open }: DatabaseGate, pass: GateProbe<Handle>['pass']): GateProbe<Handle> => {
     const waiting = async () => {
       const locks = await rows(
@@ -114,14 +143,12 @@ export async function postgresHarness<Handle>(
     close: () => wire.close(),
     capabilities: { ...postgresCapabilities, ...capabilities },
     define({ connections = 10, ...options } = {}) {
-      const pool = (host?: string) => {
-        const made = new Pool({ connectionString: wire.url, max: connections, ...config })
-        if (capabilities?.lossDetection === false) made.on('connect', (client) => client.on('error', () => {}))
-        made.on('error', () => {})
-        probes.push(new PoolProbe(host, made))
-        return made
+      const make = (host?: string) => {
+        const made = makeEngine(wire.url, connections, host)
+        probes.push(made.probe)
+        return made.engine
       }
-      return define(pool, options)
+      return define(make, options)
     },
     async reset() {
       probes = []

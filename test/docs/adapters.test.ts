@@ -10,15 +10,18 @@ import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { postgresJsAdapter } from 'ambient-db/postgres-js'
 import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg } from 'drizzle-orm/node-postgres'
 import { drizzle as drizzlePglite } from 'drizzle-orm/pglite'
+import { drizzle as drizzlePostgresJs } from 'drizzle-orm/postgres-js'
 import knex from 'knex'
 import { MysqlDialect, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
+import postgres from 'postgres'
 import { Sequelize } from 'sequelize'
 import { DataSource, type DataSourceOptions } from 'typeorm'
 import { expect, it } from 'vitest'
@@ -42,6 +45,7 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
   '`pgAdapter`': () => pgAdapter(() => new Pool()),
   '`pgAdapter`, pool with `pipeline: true`': () => pgAdapter(() => new Pool({ pipeline: true } as PoolConfig)),
   '`mysql2Adapter`': () => mysql2Adapter(() => createPool({})),
+  '`postgresJsAdapter`': () => postgresJsAdapter(() => postgres()),
   '`pgliteAdapter`': () => pgliteAdapter(() => closable),
   '`drizzleAdapter` over `pgAdapter`': () =>
     drizzleAdapter(
@@ -52,6 +56,11 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
     drizzleAdapter(
       mysql2Adapter(() => createPool({})),
       (client) => drizzleMysql({ client }),
+    ),
+  '`drizzleAdapter` over `postgresJsAdapter`': () =>
+    drizzleAdapter(
+      postgresJsAdapter(() => postgres()),
+      (client) => drizzlePostgresJs({ client }),
     ),
   '`drizzleAdapter` over `pgliteAdapter`': () =>
     drizzleAdapter(

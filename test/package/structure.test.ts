@@ -3,8 +3,8 @@ import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { publicEntries } from '../../scripts/entries.ts'
 
-/** What frameworks or adapters share. Every other file of theirs is public. */
-const shared = ['frameworks/request']
+/** What frameworks or adapters share, or are divided into. Every other file of theirs is public. */
+const shared = ['frameworks/request', 'adapters/postgres-js-queries']
 
 const entries = publicEntries()
 const manifest = JSON.parse(readFileSync('package.json', 'utf8'))

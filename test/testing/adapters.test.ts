@@ -13,6 +13,7 @@ import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { postgresJsAdapter } from 'ambient-db/postgres-js'
 import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { sandbox } from 'ambient-db/testing'
 import { typeormAdapter } from 'ambient-db/typeorm'
@@ -21,6 +22,7 @@ import knex from 'knex'
 import { CompiledQuery, type Kysely, PostgresDialect, SqliteDialect } from 'kysely'
 import { createPool } from 'mysql2/promise'
 import { Pool, type PoolConfig } from 'pg'
+import postgres, { type Sql } from 'postgres'
 import { Sequelize } from 'sequelize'
 import { DataSource, type EntityManager } from 'typeorm'
 import { afterAll, beforeAll, describe, expect, it, type TestContext } from 'vitest'
@@ -155,6 +157,14 @@ const overPg = (pool: () => Pool) => defineDatabase({ name: 'main', adapter: pgA
 const subjects: Record<string, () => Promise<Subject>> = {
   pg: () => onPostgres(overPg, query),
   'pg with a pipelined pool': () => onPostgres(overPg, query, { pipeline: true } as PoolConfig),
+  'postgres.js': () =>
+    onPostgres(
+      (_, url) => {
+        const adapter = postgresJsAdapter(() => postgres(url, { onnotice() {} }))
+        return defineDatabase({ name: 'main', adapter })
+      },
+      async (db: Sql, sql) => ({ rows: await db.unsafe(sql) }),
+    ),
   'Drizzle over pg': () =>
     onPostgres(
       (pool) =>

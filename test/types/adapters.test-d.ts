@@ -18,12 +18,14 @@ import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
 import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
+import { postgresJsAdapter } from 'ambient-db/postgres-js'
 import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle as drizzleMysql, type MySql2Database } from 'drizzle-orm/mysql2'
 import { drizzle as drizzlePg, type NodePgDatabase } from 'drizzle-orm/node-postgres'
 import { pgTable, serial, text } from 'drizzle-orm/pg-core'
 import { drizzle as drizzlePglite, type PgliteDatabase } from 'drizzle-orm/pglite'
+import { drizzle as drizzlePostgresJs, type PostgresJsDatabase } from 'drizzle-orm/postgres-js'
 import { defineRelations } from 'drizzle-orm-next'
 import { drizzle as drizzleNextMysql, type MySql2Database as NextMysqlDatabase } from 'drizzle-orm-next/mysql2'
 import { drizzle as drizzleNext } from 'drizzle-orm-next/node-postgres'
@@ -33,6 +35,7 @@ import { type Generated, type Kysely, MysqlDialect, PostgresDialect, SqliteDiale
 import { createPool as createCallbackPool } from 'mysql2'
 import { createPool, type Pool as MysqlPool, type RowDataPacket } from 'mysql2/promise'
 import { Pool, type PoolConfig, type QueryResult } from 'pg'
+import postgres, { type Sql } from 'postgres'
 import { DataTypes, Model, Sequelize, type Transaction } from 'sequelize'
 import { DataSource, type EntityManager } from 'typeorm'
 import { describe, expectTypeOf, it } from 'vitest'
@@ -378,6 +381,36 @@ describe('the suite', () => {
     expectTypeOf(() => first?.run(harness)).returns.toEqualTypeOf<
       Promise<{ readonly skipped: string } | undefined> | undefined
     >()
+  })
+})
+
+describe('postgresJsAdapter', () => {
+  it('gives an Sql with the types of the one that the factory makes', () => {
+    const point = { to: 600, from: [600], serialize: (value: number[]) => value, parse: () => [1, 2] }
+    const main = defineDatabase({
+      name: 'main',
+      adapter: postgresJsAdapter(async (host: string) => postgres(host, { types: { point } })),
+      host: 'postgres://localhost',
+    })
+    expectTypeOf(main.db).toEqualTypeOf<Sql<{ point: number[] }>>()
+    expectTypeOf(main.connect).returns.resolves.toEqualTypeOf<Sql<{ point: number[] }>>()
+    const sql = main.db
+    expectTypeOf(sql<{ id: number }[]>`select ${sql.types.point([1])}`).resolves.items.toEqualTypeOf<{ id: number }>()
+    expectTypeOf(sql.begin(() => [sql<{ id: number }[]>`select 1`])).resolves.toExtend<{ id: number }[][]>()
+    // @ts-expect-error no such type was defined
+    sql.types.circle(1)
+    // @ts-expect-error it makes a pool of pg
+    postgresJsAdapter(() => new Pool())
+  })
+
+  it('carries Drizzle', () => {
+    const driver = postgresJsAdapter(() => postgres())
+    const main = defineDatabase({
+      name: 'main',
+      adapter: drizzleAdapter(driver, (client) => drizzlePostgresJs({ client })),
+    })
+    expectTypeOf(main.db).toEqualTypeOf<PostgresJsDatabase & { $client: Sql }>()
+    expectTypeOf(main.connect).returns.resolves.toEqualTypeOf<Sql>()
   })
 })
 
