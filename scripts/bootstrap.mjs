@@ -4,11 +4,12 @@
 //
 // It runs on Node >= 18. If the running Node is too old, or is not the one asked for, it installs one into .tools from
 // the npm package that carries the binary. It runs `npm ci` if node_modules is not what package-lock.json says, here and
-// in the folder of another project that is asked for.
+// in the folder of another project that is asked for, and generates the Prisma client that tests are compiled with.
 import { spawn, spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readFileSync, renameSync, rmSync } from 'node:fs'
 import { basename, delimiter, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { generatePrismaClient } from './prisma-client.mjs'
 
 const oldest = [22, 18]
 const preferred = '24.21.0'
@@ -154,6 +155,7 @@ try {
   for (const folder of other === undefined ? [root] : [root, join(root, other)]) {
     if (!isInstalled(folder)) installPackages(folder)
   }
+  generatePrismaClient(join(node, process.platform === 'win32' ? 'node.exe' : 'node'))
   run(command, args, [join(root, 'node_modules', '.bin'), node, process.env.PATH].join(delimiter))
 } catch (problem) {
   stop(problem)

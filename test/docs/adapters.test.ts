@@ -11,6 +11,7 @@ import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
 import { postgresJsAdapter } from 'ambient-db/postgres-js'
+import { prismaAdapter } from 'ambient-db/prisma'
 import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle as drizzleMysql } from 'drizzle-orm/mysql2'
@@ -66,6 +67,11 @@ const adapters: Record<string, () => Adapter<unknown, unknown, unknown>> = {
     drizzleAdapter(
       pgliteAdapter(() => closable),
       (client) => drizzlePglite({ client }),
+    ),
+  '`prismaAdapter` over `pgAdapter`': () =>
+    prismaAdapter(
+      pgAdapter(() => new Pool()),
+      () => ({ $transaction: async () => undefined }),
     ),
   '`kyselyAdapter` over a `PostgresDialect`': () => kyselyAdapter(() => new PostgresDialect({ pool: new Pool() })),
   '`kyselyAdapter` over a `MysqlDialect`': () => kyselyAdapter(() => new MysqlDialect({ pool: createPool({}).pool })),

@@ -1,8 +1,9 @@
 import { spawnSync } from 'node:child_process'
-import { copyFileSync, globSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
+import { copyFileSync, cpSync, globSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { basename, join, resolve } from 'node:path'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+import { generatePrismaClient } from '../../scripts/prisma-client.mjs'
 import { type Block, docCommentBlocks, markdownBlocks, programs } from './blocks.ts'
 
 const blocks = [
@@ -24,6 +25,8 @@ describe('code blocks of the documentation', () => {
     directory = mkdtempSync(join(tmpdir(), 'ambient-db-docs-'))
     symlinkSync(resolve('node_modules'), join(directory, 'node_modules'))
     for (const file of globSync('test/docs/fixtures/*.ts')) copyFileSync(file, join(directory, basename(file)))
+    generatePrismaClient()
+    cpSync('.tools/prisma-client', join(directory, 'generated', 'prisma'), { recursive: true })
     for (const { block, text } of programs([...blocks, ...planted])) {
       writeFileSync(join(directory, programName(block)), text)
     }

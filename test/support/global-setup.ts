@@ -1,4 +1,5 @@
 import type { TestProject } from 'vitest/node'
+import { generatePrismaClient } from '../../scripts/prisma-client.mjs'
 import { acquireMariadb } from './mariadb-server.ts'
 import { acquirePostgres } from './postgres-server.ts'
 
@@ -12,6 +13,7 @@ declare module 'vitest' {
 
 /** One server of each kind for all test files. */
 export default async function setup(project: TestProject): Promise<() => Promise<void>> {
+  generatePrismaClient() // also where Vitest was started without the bootstrap
   const [postgres, mariadb] = await Promise.all([acquirePostgres(), acquireMariadb().catch(problemOf)])
   project.provide('postgresUrl', postgres.url)
   project.provide('mysqlServer', 'problem' in mariadb ? mariadb : { url: mariadb.url })

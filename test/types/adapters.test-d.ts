@@ -1,6 +1,7 @@
 import { PGlite } from '@electric-sql/pglite'
 import { defineEntity, MikroORM, type PostgreSqlDriver, p, type SqlEntityManager } from '@mikro-orm/postgresql'
 import { MikroORM as SqliteOrm } from '@mikro-orm/sqlite'
+import { PrismaPg } from '@prisma/adapter-pg'
 import {
   type AmbientDatabase,
   type AmbientSession,
@@ -19,6 +20,7 @@ import { mysql2Adapter } from 'ambient-db/mysql2'
 import { pgAdapter } from 'ambient-db/pg'
 import { pgliteAdapter } from 'ambient-db/pglite'
 import { postgresJsAdapter } from 'ambient-db/postgres-js'
+import { prismaAdapter, prismaHandle } from 'ambient-db/prisma'
 import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { typeormAdapter } from 'ambient-db/typeorm'
 import { drizzle as drizzleMysql, type MySql2Database } from 'drizzle-orm/mysql2'
@@ -39,6 +41,7 @@ import postgres, { type Sql } from 'postgres'
 import { DataTypes, Model, Sequelize, type Transaction } from 'sequelize'
 import { DataSource, type EntityManager } from 'typeorm'
 import { describe, expectTypeOf, it } from 'vitest'
+import { PrismaClient } from '../../.tools/prisma-client/client.ts'
 
 interface Tables {
   users: { id: Generated<number>; name: string }
@@ -466,5 +469,47 @@ describe('sequelizeAdapter', () => {
       // @ts-expect-error models are defined before anything could be awaited
       sequelizeAdapter(async () => new Sequelize()),
     ])
+  })
+})
+
+describe('prismaAdapter', () => {
+  const build = (pool: Pool) => new PrismaClient({ adapter: new PrismaPg(pool) })
+
+  it('gives the client that was built, extensions included, and the engine of the driver', () => {
+    const main = defineDatabase({
+      name: 'main',
+      adapter: prismaAdapter(
+        pgAdapter(() => new OwnPool()),
+        build,
+      ),
+    })
+    expectTypeOf(main).toEqualTypeOf<AmbientDatabase<PrismaClient, OwnPool>>()
+    const extended = defineDatabase({
+      name: 'main',
+      adapter: prismaAdapter(
+        pgAdapter(() => new Pool()),
+        (pool) => build(pool).$extends({ client: { $greet: () => 'hello' } }),
+      ),
+    })
+    expectTypeOf(extended.db.$greet()).toEqualTypeOf<'hello'>()
+    expectTypeOf(extended.db.item.count()).resolves.toEqualTypeOf<number>()
+    expectTypeOf(main.db.tag.findUnique({ where: { id: 1 } }).item({ select: { n: true } })).resolves.toEqualTypeOf<{
+      n: number
+    } | null>()
+  })
+
+  it('stands over pg alone, and builds a client', () => {
+    const mysql = mysql2Adapter(() => createPool({}))
+    // @ts-expect-error there is no driver adapter of Prisma's on mysql2
+    prismaAdapter(mysql, build)
+    const driver = pgAdapter(() => new Pool())
+    // @ts-expect-error a pool is no client
+    prismaAdapter(driver, (pool) => pool)
+  })
+
+  it('gives one more handle over pg', () => {
+    expectTypeOf(prismaHandle(onPg, build)).toEqualTypeOf<PrismaClient>()
+    // @ts-expect-error its client is a Kysely
+    prismaHandle(onKysely, build)
   })
 })
