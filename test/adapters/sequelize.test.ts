@@ -232,8 +232,27 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
     expect(await names()).toEqual(['a', 'b'])
   })
 
+  it('S8 sends what is asked of a turn that was given back', async (test) => {
+    if (onPostgres) test.skip('there Sequelize logs when it has sent')
+    const main = defineWithModels()
+    const kept: { query(sql: string, done: (error: unknown, rows: unknown) => void): void }[] = []
+    main.db.addHook('afterQuery', (_, { connection }: { connection: unknown } & object) => {
+      kept.push(connection as (typeof kept)[0])
+    })
+    const logging = () => {
+      throw planned
+    }
+    await newContext(async () => {
+      await expect(main.db.query('select 1', { logging })).rejects.toBe(planned)
+      const rows = await new Promise((resolve) => kept[0]?.query('select 1 as n', (_, answer) => resolve(answer)))
+      expect(rows).toEqual([{ n: 1 }])
+    })
+  })
+
   it('S8 gives a turn back in which Sequelize has sent nothing', async () => {
     const main = defineWithModels()
+    const both = main.db.query('select $1', { bind: [1], replacements: [1] })
+    await expect(both).rejects.toThrow(/cannot be set/) // and nothing else, outside of any context
     await newContext(async () => {
       await expect(main.db.query('select $1', { bind: [1], replacements: [1] })).rejects.toThrow(/cannot be set/)
       await expect(main.db.query(undefined as never)).rejects.toThrow(TypeError)

@@ -54,7 +54,6 @@ export interface NativeTransaction {
   readonly parent?: object
   finished?: string
   setDeferrable(): Promise<unknown>
-  _clearCls(): void
 }
 
 export function inside(sequelize: object): Inside {
