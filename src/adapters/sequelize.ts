@@ -134,14 +134,17 @@ async function makeServer({ connectionManager: manager, options }: Inside): Prom
 /** Gives a connection of Sequelize the ends that connections of the driver's own pool have. */
 function pooled(manager: ConnectionManager, connection: RawConnection): RawConnection {
   if (connection.release) return connection
-  const { destroy } = connection
+  const { end, destroy } = connection
   const discard = () => {
     manager.destroyConnection(connection).catch(() => {}) // it is gone either way
-    const socket = connection.stream ?? connection.connection?.stream
-    socket?.destroy() // a farewell could wait for ever
   }
   return Object.assign(connection, {
     release: (broken?: Error) => (broken ? discard() : manager.releaseConnection(connection)),
+    /** Waits for no farewell of the server, as the pool would, and with it whoever waits for the pool. */
+    end(done?: () => void) {
+      end.call(connection)
+      done?.()
+    },
     ...(destroy && {
       destroy() {
         destroy.call(connection)

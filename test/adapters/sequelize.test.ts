@@ -232,8 +232,27 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
     expect(await names()).toEqual(['a', 'b'])
   })
 
+  it('S8 sends what is asked of a turn that was given back', async (test) => {
+    if (onPostgres) test.skip('there Sequelize logs when it has sent')
+    const main = defineWithModels()
+    const kept: { query(sql: string, done: (error: unknown, rows: unknown) => void): void }[] = []
+    main.db.addHook('afterQuery', (_, { connection }: { connection: unknown } & object) => {
+      kept.push(connection as (typeof kept)[0])
+    })
+    const logging = () => {
+      throw planned
+    }
+    await newContext(async () => {
+      await expect(main.db.query('select 1', { logging })).rejects.toBe(planned)
+      const rows = await new Promise((resolve) => kept[0]?.query('select 1 as n', (_, answer) => resolve(answer)))
+      expect(rows).toEqual([{ n: 1 }])
+    })
+  })
+
   it('S8 gives a turn back in which Sequelize has sent nothing', async () => {
     const main = defineWithModels()
+    const both = main.db.query('select $1', { bind: [1], replacements: [1] })
+    await expect(both).rejects.toThrow(/cannot be set/) // and nothing else, outside of any context
     await newContext(async () => {
       await expect(main.db.query('select $1', { bind: [1], replacements: [1] })).rejects.toThrow(/cannot be set/)
       await expect(main.db.query(undefined as never)).rejects.toThrow(TypeError)
@@ -485,7 +504,12 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
   it('S7 lets nobody wait for the farewell of a connection that is gone', async () => {
     const wire = await startProxy(server.url)
     const open = () => new Sequelize(wire.url, { logging: false, pool: { max: 1 } })
-    const main = defineDatabase({ name: 'main', adapter: sequelizeAdapter(open), acquireTimeout: 2000 })
+    const main = defineDatabase({
+      name: 'main',
+      adapter: sequelizeAdapter(open),
+      acquireTimeout: 2000,
+      settleTimeout: 2000,
+    })
     const [inside, go, farewell] = [gate(), gate(), gate()]
     const held = main.newSession(
       async ({ db }) => {
@@ -502,8 +526,8 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
     go.open()
     await held
     await waiting
+    await main.shutdown() // nor the end of the engine
     farewell.open()
-    await main.shutdown()
     await wire.close()
   })
 
@@ -673,6 +697,24 @@ describe.each(Object.entries(servers))('the ambient Sequelize on %s', (dialect, 
           ['commit', 'commit', 'rollback', 'commit'].map((finished) => ({ finished })),
         )
       })
+    })
+
+    it('A6 refuses what a hook has kept of a transaction that has ended', async () => {
+      const main = defineWithModels()
+      const kept: { query(sql: string, done: (error: unknown) => void): void }[] = []
+      main.db.addHook('beforeQuery', (_, { connection }: { connection: unknown } & object) => {
+        kept.push(connection as (typeof kept)[0])
+      })
+      await newContext(async () => {
+        for (const way of ['commit', 'rollback'] as const) {
+          const transaction = await main.db.transaction()
+          await main.db.query('select 1', { transaction })
+          await transaction[way]()
+          const answer = await new Promise((resolve) => kept.at(-1)?.query('select 1', resolve))
+          expect(answer).toMatchObject({ cause: ended })
+        }
+      })
+      expect(kept).toHaveLength(2)
     })
 
     it('A6 lets work that nobody awaited name the transaction that joins it', async () => {

@@ -90,7 +90,6 @@ export function ambientSequelize<Engine extends Sequelize>(
         throw error
       } finally {
         this.finished = 'commit'
-        this._clearCls()
       }
     }
 
@@ -98,11 +97,7 @@ export function ambientSequelize<Engine extends Sequelize>(
       if (this.#failed) return // its COMMIT has, and told why
       this.#end()
       this.finished = 'rollback'
-      try {
-        await this.#control.rollback(this.name)
-      } finally {
-        this._clearCls()
-      }
+      await this.#control.rollback(this.name)
     }
 
     afterCommit(work: (transaction: this) => unknown): void {

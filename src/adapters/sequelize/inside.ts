@@ -5,8 +5,7 @@ import { AmbientError } from '../../errors.ts'
 export interface RawConnection {
   release?(broken?: Error): void
   destroy?(): void
-  readonly stream?: { destroy(): void }
-  readonly connection?: { readonly stream?: { destroy(): void } }
+  end(): unknown
   readonly connectionParameters?: object
   readonly config?: object
 }
@@ -55,7 +54,6 @@ export interface NativeTransaction {
   readonly parent?: object
   finished?: string
   setDeferrable(): Promise<unknown>
-  _clearCls(): void
 }
 
 export function inside(sequelize: object): Inside {
