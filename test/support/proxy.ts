@@ -239,6 +239,9 @@ class Link {
 
   #forward(direction: Direction, from: Socket, to: Socket): void {
     let unread = Buffer.alloc(0)
+    /** What the message at the front needs, and what has come of it since: joined once, because it may be long. */
+    let needed = 0
+    let arrived: Buffer[] = []
     let held = false
     let ended = false
     const passing: Buffer[] = []
@@ -248,6 +251,7 @@ class Link {
       }
       while (!held && !this.#stalled && !this.#paused) {
         const length = this.#reader.lengthOf(direction, unread)
+        needed = length ?? 0
         if (length === undefined || unread.length < length) break
         const bytes = unread.subarray(0, length)
         unread = unread.subarray(length)
@@ -299,7 +303,10 @@ class Link {
     }
     this.#pumps.push(pump)
     from.on('data', (chunk) => {
-      unread = unread.length === 0 ? chunk : Buffer.concat([unread, chunk])
+      arrived.push(chunk)
+      if (arrived.reduce((sum, { length }) => sum + length, unread.length) < needed) return
+      unread = Buffer.concat([unread, ...arrived])
+      arrived = []
       pump()
     })
     from.once('end', () => {
