@@ -92,7 +92,8 @@ describe('in a process of its own', () => {
       const { ending } = await import(${JSON.stringify(sourceUrl(`test/jobs/recipes/${recipe}.ts`))})
       ${then}
     `
-    return runChild(code, { env: { URL_OF_TEST: workplace.proxy.url } })
+    const flags = ['--disable-warning=ExperimentalWarning'] // Node 22 has types stripped with one
+    return runChild(code, { flags, env: { URL_OF_TEST: workplace.proxy.url } })
   }
 
   it('the recipe for a script commits all, and the process ends by itself', async () => {
