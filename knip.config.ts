@@ -8,6 +8,7 @@ const config: KnipConfig = {
     'test/**/*.test-d.ts',
     'test/**/global-setup.ts',
     'test/docs/fixtures/*.ts',
+    'test/jobs/recipes/*.ts',
     'examples/**/*.ts',
     'bench/run.ts',
     'bench/field/run.ts',

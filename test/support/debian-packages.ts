@@ -3,12 +3,12 @@ import { existsSync, readdirSync } from 'node:fs'
 import { mkdir, mkdtemp, readdir, rename, rm } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 
-/** Where a package was unpacked, and how its programs find their libraries. */
+/** Where a package was unpacked, and how its programs are run. */
 export interface UnpackedPackage {
   /** The folder that stands for `/`. */
   readonly root: string
-  /** For programs of the package. */
-  readonly env: { readonly LD_LIBRARY_PATH: string }
+  /** The command that runs one of its programs, as in `program('usr/bin/redis-server')`. */
+  program(path: string): string[]
 }
 
 /**
@@ -22,7 +22,7 @@ export async function unpackDebian(name: string): Promise<UnpackedPackage> {
     .map((folder) => join(root, folder))
     .filter((folder) => existsSync(folder))
     .flatMap((folder) => readdirSync(folder).map((triplet) => join(folder, triplet)))
-  return { root, env: { LD_LIBRARY_PATH: libraries.join(':') } }
+  return { root, program: (path) => ['env', `LD_LIBRARY_PATH=${libraries.join(':')}`, join(root, path)] }
 }
 
 async function fetchInto(root: string, name: string): Promise<void> {

@@ -49,7 +49,7 @@ async function startMariadb(): Promise<MariadbServer> {
   return onFreePort(() => startOnce(programs))
 }
 
-async function startOnce({ root, env }: UnpackedPackage): Promise<MariadbServer> {
+async function startOnce({ root, program }: UnpackedPackage): Promise<MariadbServer> {
   const directory = await mkdtemp(join(tmpdir(), 'ambient-db-mariadb-'))
   try {
     const share = ['mariadb', 'mysql'].map((name) => join(root, 'usr/share', name)).find((path) => existsSync(path))
@@ -65,10 +65,9 @@ async function startOnce({ root, env }: UnpackedPackage): Promise<MariadbServer>
       ...settings,
     }).map(([name, value]) => `--${name}=${value}`)
     const asRoot = process.getuid?.() === 0 ? ['--user=root'] : [] // it refuses root unless it is told
-    const mariadbd = [join(root, 'usr/sbin/mariadbd'), '--no-defaults', ...asRoot, ...options]
+    const [command = '', ...args] = [...program('usr/sbin/mariadbd'), '--no-defaults', ...asRoot, ...options]
 
-    const bootstrap = spawnSync(mariadbd[0] as string, [...mariadbd.slice(1), '--bootstrap'], {
-      env: { ...process.env, ...env },
+    const bootstrap = spawnSync(command, [...args, '--bootstrap'], {
       encoding: 'utf8',
       input: [
         'create database mysql;',
@@ -89,13 +88,7 @@ async function startOnce({ root, env }: UnpackedPackage): Promise<MariadbServer>
     const logFile = join(directory, 'mariadb.log')
     const stop = await launch({
       name: 'MariaDB',
-      command: [
-        'env',
-        `LD_LIBRARY_PATH=${env.LD_LIBRARY_PATH}`,
-        ...mariadbd,
-        `--port=${port}`,
-        '--socket=mariadb.sock',
-      ],
+      command: [command, ...args, `--port=${port}`, '--socket=mariadb.sock'],
       directory,
       logFile,
       isReady: async () => (await readFile(logFile, 'utf8')).includes('ready for connections'),
