@@ -83,6 +83,11 @@ describe('drizzleAdapter over postgresJsAdapter', () => {
   it('has the types of Drizzle: its conversions are those of each engine, also before there is one', async () => {
     const moments = pgTable('moments', { at: timestamp({ withTimezone: true }).notNull() })
     const at = new Date('2020-02-02T02:02:02.123Z')
+    const other = defineDatabase({ name: 'other', adapter: drizzleAdapter(driver, (client) => drizzle({ client })) })
+    const engine = await other.connect()
+    expect(engine.options.parsers[1184]?.('as it is')).toBe('as it is')
+    expect(engine.options.serializers[1184]?.('as it is')).toBe('as it is')
+    await other.shutdown()
     await newContext(async () => {
       await db.insert(moments).values({ at })
       expect(await db.select().from(moments)).toEqual([{ at }])

@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { type AmbientDatabase, type AmbientErrorCode, defineDatabase, isAmbientError, newContext } from 'ambient-db'
 import { postgresJsAdapter } from 'ambient-db/postgres-js'
+import { sandbox } from 'ambient-db/testing'
 import postgres, { type Sql } from 'postgres'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import { databaseGate, until } from '../support/gate.ts'
@@ -282,6 +283,19 @@ describe('the ambient sql', () => {
     expect(await ids()).toEqual([2, 4])
   })
 
+  it('goes on in a sandbox after a statement that failed without a transaction', async () => {
+    await using({ max: 2 }, async (other) => {
+      const box = sandbox(other)
+      await box.begin()
+      const alone = { transaction: 'autocommit' } as const
+      await newContext(() => other.db`insert into notes values (1)`, alone)
+      await expect(newContext(() => other.db`select missing`, alone)).rejects.toThrow('missing')
+      expect(await newContext(() => other.db`select id from notes`, alone)).toEqual([{ id: 1 }])
+      await box.rollback()
+    })
+    expect(await ids()).toEqual([])
+  })
+
   it('rolls back what SQL began in a context without transactions, and left open', async () => {
     const alone = (text: string) => newContext(() => sql.unsafe(text), { transaction: 'autocommit' })
     await refused(alone('select 1; begin; insert into notes values (1)'), 'AMBIENT_TRANSACTION_CONTROL')
@@ -328,6 +342,28 @@ describe('cursors of the ambient sql', () => {
           }),
         ).rejects.toBe(planned) // also of the last rows, which postgres.js does not wait for
         expect(await sql`select 1 as n`).toEqual([{ n: 1 }])
+      })
+    })
+  })
+
+  it('S9 wait for the callback of the last rows, and let others wait while they close', async () => {
+    await using({ max: 1 }, async ({ db: sql }) => {
+      await newContext(async () => {
+        let read = 0
+        await numbers(sql, 3).cursor(2, async (rows) => {
+          const { witness } = database
+          await witness.rows('select 1') // which takes longer than the end of the cursor
+          await witness.rows('select 1')
+          read += rows.length
+        })
+        expect(read).toBe(3)
+        const reading = numbers(sql).cursor(2)[Symbol.asyncIterator]()
+        await reading.next()
+        await refused(sql`select 1`, 'AMBIENT_STREAM_OPEN')
+        const left = reading.return?.()
+        await new Promise((resolve) => process.nextTick(resolve))
+        expect(await sql`select 1 as n`).toEqual([{ n: 1 }])
+        await left
       })
     })
   })
@@ -426,6 +462,62 @@ describe('connections of postgres.js', () => {
       await newContext(() => main.db`insert into notes values (3)`)
     })
     expect(await ids()).toEqual([3])
+  })
+
+  it('S5 leave nothing of a look-up whose server does not answer', async () => {
+    const adapter = postgresJsAdapter(() => postgres(wire.url, { max: 1 }))
+    const engine = await adapter.createEngine(undefined)
+    const stalled = wire.at('< R', 'stall')
+    const controller = new AbortController()
+    const looking = adapter.lookUpTransaction?.(engine, '1 1 1', controller.signal)
+    await stalled.caught
+    controller.abort()
+    await expect(looking).rejects.toThrow()
+    await until(() => wire.open === 0, 'the end of its connection')
+    await adapter.closeEngine(engine)
+  })
+
+  it('S7 send nothing once they are lost, which would end the process, and say so', async () => {
+    let closed = false
+    const onclose = () => {
+      closed = true
+    }
+    const adapter = postgresJsAdapter(() => postgres(wire.url, { max: 1, onclose }))
+    const engine = await adapter.createEngine(undefined)
+    const lost: Error[] = []
+    const connection = await adapter.acquire(engine, (error) => lost.push(error))
+    await adapter.begin(connection, {})
+    wire.cut('reset')
+    await until(() => closed, 'the client to notice')
+    expect(lost.length).toBe(1)
+    for (const act of [adapter.begin, adapter.rollback, adapter.commit]) {
+      const error = await act(connection, {}).catch((thrown: unknown) => thrown)
+      expect(adapter.traits(error)).toMatchObject({ reply: 'unsent', lost: true })
+    }
+    await adapter.release(engine, connection)
+    await adapter.closeEngine(engine)
+  })
+
+  it('A7 begin with the settings of the transaction', async () => {
+    await using({ max: 1 }, async (main) => {
+      const show = async (name: string) => Object.values((await main.db.unsafe(`show ${name}`))[0] ?? {})[0]
+      const modes = async () => [
+        await show('transaction_isolation'),
+        await show('transaction_read_only'),
+        await show('transaction_deferrable'),
+      ]
+      const transaction = { isolationLevel: 'serializable', readOnly: true, deferrable: true } as const
+      expect(await newContext(modes, { transaction })).toEqual(['serializable', 'on', 'on'])
+      expect(await newContext(modes)).toEqual(['read committed', 'off', 'off'])
+    })
+  })
+
+  it('S4 rejects when the server answered COMMIT with ROLLBACK', async () => {
+    await using({ max: 1 }, async (main) => {
+      wire.at('< C COMMIT', () => Buffer.from('C\0\0\0\rROLLBACK\0', 'latin1'))
+      const unit = newContext(() => main.db`insert into notes values (1)`)
+      await expect(unit).rejects.toMatchObject({ code: 'AMBIENT_TRANSACTION_ABORTED', outcome: 'rolled-back' })
+    })
   })
 
   it('S4 S5 does not take just any answer to COMMIT for one', async () => {
