@@ -82,6 +82,7 @@ export function postgresJsAdapter<Types extends Record<string, unknown>>(
     lookUpTransaction: async (engine, id, signal) => {
       const sockets: Socket[] = []
       const socket = async () => {
+        signal.throwIfAborted()
         const made = await socketTo(engine.options, sockets.length)
         sockets.push(made)
         return made
@@ -89,9 +90,8 @@ export function postgresJsAdapter<Types extends Record<string, unknown>>(
       const only = { max: 1, fetch_types: false, onclose: undefined, transform: postgres({ max: 1 }).options.transform }
       const sql = postgres({ ...engine.options, ...only, socket } as object) // parsed already, which postgres.js sees
       const end = async () => {
-        const ended = sql.end({ timeout: 0 }) // which leaves open what does not answer
+        await sql.end({ timeout: 0 }) // which leaves open what does not answer
         for (const each of sockets) each.destroy()
-        await ended
       }
       signal.addEventListener('abort', end, { once: true })
       try {

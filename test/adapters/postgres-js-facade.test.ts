@@ -6,7 +6,7 @@ import { postgresJsAdapter } from 'ambient-db/postgres-js'
 import { sandbox } from 'ambient-db/testing'
 import postgres, { type Sql } from 'postgres'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
-import { databaseGate, until } from '../support/gate.ts'
+import { databaseGate, gate, until } from '../support/gate.ts'
 import { createDatabase, type TestDatabase } from '../support/postgres.ts'
 import { startProxy, type WireProxy } from '../support/proxy.ts'
 
@@ -392,18 +392,18 @@ describe('cursors of the ambient sql', () => {
 
 describe('query.cancel()', () => {
   it('cancels what runs, refuses what waits, and reaches nothing else', async () => {
-    const gate = await databaseGate(database.url)
+    const lock = await databaseGate(database.url)
     const waiting = "select 1 from pg_locks where locktype = 'advisory' and not granted"
     const asleep = "select 1 from pg_stat_activity where wait_event = 'PgSleep'"
     await using({ max: 1 }, async (main) => {
       const sql = main.db
       await newContext(async () => {
-        const running = sql.unsafe(gate.sql).execute()
+        const running = sql.unsafe(lock.sql).execute()
         const behind = sql`insert into notes values (1)`.execute()
         await until(async () => (await database.witness.rows(waiting)).length > 0, 'the statement at the gate')
         behind.cancel()
         const unsent = expect(behind).rejects.toMatchObject({ code: '57014' })
-        await gate.open()
+        await lock.open()
         await Promise.all([running, unsent])
         const block = main.atomic(async () => {
           const sleeping = sql`select pg_sleep(60)`.execute()
@@ -413,6 +413,17 @@ describe('query.cancel()', () => {
           throw planned
         })
         await expect(block).rejects.toBe(planned)
+        const request = gate()
+        wire.at('> cancel', request)
+        const second = await databaseGate(database.url)
+        const quick = sql.unsafe(second.sql).execute()
+        await until(async () => (await database.witness.rows(waiting)).length > 0, 'the statement at the gate')
+        quick.cancel()
+        const next = sql`select pg_sleep(0.1)`.execute()
+        await second.open()
+        await until(async () => (await database.witness.rows(waiting)).length === 0, 'the statement to end')
+        request.open()
+        await Promise.all([quick, next]) // the request that came late has met neither
         const never = sql`insert into notes values (2)`
         never.cancel()
         await expect(never).rejects.toMatchObject({ code: '57014' })
