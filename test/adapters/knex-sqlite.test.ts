@@ -3,10 +3,12 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { newContext } from 'ambient-db'
 import type { AdapterHarness, EngineProbe, HarnessOptions } from 'ambient-db/conformance'
+import { knexAdapter } from 'ambient-db/knex'
 import BetterSqlite3, { type Database } from 'better-sqlite3'
 import knex, { type Knex } from 'knex'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
-import { defineKnex, knexOperations, sendRaw } from './knex-subject.ts'
+import { knexOperations, sendRaw } from './knex-subject.ts'
+import { defineOverOwnPool } from './own-pools.ts'
 import { itHoldsTheSuite } from './support.ts'
 
 let folder: string
@@ -14,7 +16,6 @@ let other: Database
 let probes: EngineProbe[] = []
 
 function define({ connections: _, ...options }: HarnessOptions<Knex> = {}) {
-  const made = new WeakMap<Knex, EngineProbe>()
   const open = (host?: string) => {
     let opened: Database | undefined
     const pool = {
@@ -26,7 +27,7 @@ function define({ connections: _, ...options }: HarnessOptions<Knex> = {}) {
     }
     const connection = { filename: join(folder, 'main.sqlite') }
     const engine = knex({ client: 'better-sqlite3', connection, pool, useNullAsDefault: true, log: { warn() {} } })
-    made.set(engine, {
+    const probe: EngineProbe = {
       host,
       get open() {
         return opened?.open ? 1 : 0
@@ -37,10 +38,10 @@ function define({ connections: _, ...options }: HarnessOptions<Knex> = {}) {
       get closed() {
         return engine.client.pool === undefined
       },
-    })
-    return engine
+    }
+    return { engine, probe }
   }
-  return defineKnex(open, options, (engine) => probes.push(made.get(engine) as EngineProbe)) // open has set it
+  return defineOverOwnPool(knexAdapter<Knex>, open, options, (probe) => probes.push(probe))
 }
 
 const { stream: _, ...operations } = knexOperations

@@ -1,8 +1,7 @@
-import { type AmbientDatabase, defineDatabase } from 'ambient-db'
-import type { AdapterHarness, EngineProbe, HarnessOptions } from 'ambient-db/conformance'
+import type { AdapterHarness } from 'ambient-db/conformance'
 import { knexAdapter } from 'ambient-db/knex'
 import type { Knex } from 'knex'
-import { until } from '../support/gate.ts'
+import { type OwnPoolProbe, withOwnPools } from './own-pools.ts'
 
 /** Sends SQL now, as the operations of the suite are to do. */
 export function sendRaw(handle: Knex, sql: string, parameters: unknown[] = []): Promise<unknown> {
@@ -27,7 +26,7 @@ export const knexOperations = {
 } satisfies Partial<AdapterHarness<Knex>>
 
 /** An engine with the pool of Knex, and what became of its connections. */
-class KnexProbe implements EngineProbe {
+class KnexProbe implements OwnPoolProbe {
   readonly host: string | undefined
   readonly living: Set<unknown> = new Set()
   readonly #knex: Knex
@@ -53,52 +52,19 @@ class KnexProbe implements EngineProbe {
   }
 }
 
-/** Defines a database; `taken` hears of each engine that is more than what queries are built with, which needs no context. */
-export function defineKnex(
-  open: (host?: string) => Knex,
-  options: HarnessOptions<Knex>,
-  taken: (engine: Knex) => void,
-): AmbientDatabase<Knex, Knex> {
-  const adapter = knexAdapter(options.host === undefined ? () => open() : (host: string) => open(host))
-  const createEngine = async (host: string | undefined) => {
-    const engine = await adapter.createEngine(host)
-    taken(engine)
-    return engine
-  }
-  return defineDatabase({ name: 'main', ...options, adapter: { ...adapter, createEngine } })
-}
-
 type Made = (connections: number, afterCreate: NonNullable<Knex.PoolConfig['afterCreate']>) => Knex
 
 /** A harness for a driver, with engines over the pool of Knex. */
 export function withKnexPools<Harness extends AdapterHarness<Knex>>(base: Harness, make: Made): Harness {
-  let probes: KnexProbe[] = []
-  return {
-    ...base,
-    engines: () => probes,
-    async reset() {
-      probes = []
-      await base.reset()
-    },
-    async kill() {
-      await base.kill?.()
-      await until(async () => probes.every(({ living }) => living.size === 0), 'the clients to notice')
-    },
-    define({ connections = 10, ...options }: HarnessOptions<Knex> = {}) {
-      const made = new WeakMap<Knex, KnexProbe>()
-      const open = (host?: string) => {
-        const watch = (connection: NodeJS.EventEmitter, done: (error: null, connection: unknown) => void) => {
-          probe.living.add(connection)
-          const gone = () => probe.living.delete(connection)
-          connection.on('end', gone).on('error', gone)
-          done(null, connection)
-        }
-        const engine = make(connections, watch)
-        const probe = new KnexProbe(host, engine)
-        made.set(engine, probe)
-        return engine
-      }
-      return defineKnex(open, options, (engine) => probes.push(made.get(engine) as KnexProbe)) // open has set it
-    },
-  }
+  return withOwnPools(base, knexAdapter<Knex>, (connections, host) => {
+    const watch = (connection: NodeJS.EventEmitter, done: (error: null, connection: unknown) => void) => {
+      probe.living.add(connection)
+      const gone = () => probe.living.delete(connection)
+      connection.on('end', gone).on('error', gone)
+      done(null, connection)
+    }
+    const engine = make(connections, watch)
+    const probe = new KnexProbe(host, engine)
+    return { engine, probe }
+  })
 }

@@ -1,14 +1,15 @@
-import { MikroORM } from '@mikro-orm/postgresql'
-import type { EngineProbe, HarnessOptions } from 'ambient-db/conformance'
+import type { Options, MikroORM as Orm } from '@mikro-orm/core'
+import { MikroORM, type PostgreSqlDriver } from '@mikro-orm/postgresql'
+import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
 import type { Pool } from 'pg'
 import { afterAll, beforeAll, describe } from 'vitest'
-import { until } from '../support/gate.ts'
 import { createDatabase, type TestDatabase } from '../support/postgres.ts'
-import { defineMikroOrm, type Em, Item, mikroOrmOperations } from './mikro-orm-subject.ts'
+import { type Em, Item, mikroOrmOperations } from './mikro-orm-subject.ts'
+import { type OwnPoolProbe, withOwnPools } from './own-pools.ts'
 import { itHoldsTheSuite, postgresHarness } from './support.ts'
 
 /** The pool of an engine, and what became of its clients. */
-class PoolProbe implements EngineProbe {
+class PoolProbe implements OwnPoolProbe {
   readonly living: Set<unknown> = new Set()
   readonly host: string | undefined
   pool: Pool | undefined
@@ -40,7 +41,6 @@ class PoolProbe implements EngineProbe {
 
 let database: TestDatabase
 let base: Awaited<ReturnType<typeof postgresHarness<Em>>>
-let probes: PoolProbe[] = []
 
 beforeAll(async () => {
   database = await createDatabase()
@@ -59,46 +59,25 @@ afterAll(async () => {
   await database.drop()
 })
 
-function harnessOf(make: (options: Parameters<typeof MikroORM.init>[0]) => object | Promise<object>) {
-  return {
-    ...base,
-    engines: () => probes,
-    async reset() {
-      probes = []
-      await base.reset()
-    },
-    async kill() {
-      await base.kill?.()
-      await until(async () => probes.every(({ living }) => living.size === 0), 'the clients to notice')
-    },
-    define({ connections = 10, ...options }: HarnessOptions<Em> = {}) {
-      const made = new WeakMap<object, PoolProbe>()
-      const open = (host?: string) => {
-        const probe = new PoolProbe(host)
-        const onPoolCreated = (pool: Pool) => probe.watch(pool)
-        const orm = make({
-          entities: [Item],
-          clientUrl: base.wire.url,
-          pool: { min: 0, max: connections },
-          driverOptions: { onPoolCreated },
-          logger: () => {},
-        })
-        if (!(orm instanceof Promise)) {
-          made.set(orm, probe)
-          return orm
-        }
-        return orm.then((ready) => {
-          made.set(ready, probe)
-          return ready
-        })
-      }
-      return defineMikroOrm(open as never, options, (engine) => probes.push(made.get(engine) as PoolProbe)) // open has set it
-    },
-  }
+type Make = (options: Partial<Options<PostgreSqlDriver>>) => Orm<PostgreSqlDriver> | Promise<Orm<PostgreSqlDriver>>
+
+function harnessOf(make: Make) {
+  const adapterOf = mikroOrmAdapter<Orm<PostgreSqlDriver>>
+  return withOwnPools(base as never, adapterOf, (connections, host) => {
+    const probe = new PoolProbe(host)
+    const engine = make({
+      entities: [Item],
+      clientUrl: base.wire.url,
+      pool: { min: 0, max: connections },
+      driverOptions: { onPoolCreated: (pool: Pool) => probe.watch(pool) },
+      logger: () => {},
+    })
+    return { engine, probe }
+  })
 }
 
 describe('mikroOrmAdapter on PostgreSQL holds the suite', () => {
-  itHoldsTheSuite(() => harnessOf((options) => MikroORM.init(options)) as never)
+  itHoldsTheSuite(() => harnessOf((options) => MikroORM.init<PostgreSqlDriver>(options)) as never)
 })
 
 describe('mikroOrmAdapter over an ORM that is made at once holds the suite', () => {

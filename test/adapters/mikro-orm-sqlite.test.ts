@@ -3,9 +3,11 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { MikroORM } from '@mikro-orm/sqlite'
 import type { AdapterHarness, EngineProbe, HarnessOptions } from 'ambient-db/conformance'
+import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
 import type { Database } from 'better-sqlite3'
 import { afterAll, beforeAll, describe } from 'vitest'
-import { defineMikroOrm, type Em, Item, mikroOrmOperations } from './mikro-orm-subject.ts'
+import { type Em, Item, mikroOrmOperations } from './mikro-orm-subject.ts'
+import { defineOverOwnPool } from './own-pools.ts'
 import { itHoldsTheSuite } from './support.ts'
 
 let folder: string
@@ -21,11 +23,14 @@ const optionsFor = (file: string) => ({
 })
 
 function define({ connections: _, ...options }: HarnessOptions<Em> = {}) {
-  const made = new WeakMap<object, EngineProbe>()
-  const open = async (host?: string) => {
-    const engine = await MikroORM.init(optionsFor(join(folder, 'main.sqlite')))
-    const opened = () => (engine.em.getConnection() as unknown as { database?: Database }).database
-    made.set(engine, {
+  const open = (host?: string) => {
+    const engine = MikroORM.init(optionsFor(join(folder, 'main.sqlite')))
+    let made: MikroORM | undefined
+    void engine.then((orm) => {
+      made = orm
+    })
+    const opened = () => (made?.em.getConnection() as { database?: Database } | undefined)?.database
+    const probe: EngineProbe = {
       host,
       get open() {
         return opened()?.open ? 1 : 0
@@ -36,10 +41,10 @@ function define({ connections: _, ...options }: HarnessOptions<Em> = {}) {
       get closed() {
         return !opened()?.open
       },
-    })
-    return engine
+    }
+    return { engine, probe }
   }
-  return defineMikroOrm(open as never, options, (engine) => probes.push(made.get(engine) as EngineProbe)) // open has set it
+  return defineOverOwnPool(mikroOrmAdapter<MikroORM>, open, options, (probe) => probes.push(probe))
 }
 
 const harness = {

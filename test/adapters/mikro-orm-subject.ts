@@ -1,9 +1,7 @@
-import { EntitySchema, type MikroORM } from '@mikro-orm/core'
+import { EntitySchema } from '@mikro-orm/core'
 import type { PostgreSqlDriver, SqlEntityManager } from '@mikro-orm/postgresql'
 import type { SqliteDriver } from '@mikro-orm/sqlite'
-import { type AmbientDatabase, defineDatabase } from 'ambient-db'
-import type { AdapterHarness, HarnessOptions } from 'ambient-db/conformance'
-import { mikroOrmAdapter } from 'ambient-db/mikro-orm'
+import type { AdapterHarness } from 'ambient-db/conformance'
 
 /** A row of the suite's table. */
 export interface Item {
@@ -41,20 +39,3 @@ export const mikroOrmOperations = {
     }
   },
 } satisfies Partial<AdapterHarness<Em>>
-
-type Orm = MikroORM<PostgreSqlDriver> | MikroORM<SqliteDriver>
-
-/** Defines a database; `taken` hears of each engine that is more than what the handle is made of, which needs no context. */
-export function defineMikroOrm<Made extends Orm>(
-  open: (host?: string) => Made | Promise<Made>,
-  options: HarnessOptions<Em>,
-  taken: (engine: Made) => void,
-): AmbientDatabase<Em, Made> {
-  const adapter = mikroOrmAdapter<Made>(options.host === undefined ? () => open() : (host: string) => open(host))
-  const createEngine = async (host: string | undefined) => {
-    const engine = await adapter.createEngine(host)
-    taken(engine)
-    return engine
-  }
-  return defineDatabase({ name: 'main', ...options, adapter: { ...adapter, createEngine } } as never) as never
-}

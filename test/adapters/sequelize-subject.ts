@@ -1,8 +1,7 @@
-import { type AmbientDatabase, defineDatabase } from 'ambient-db'
-import type { AdapterHarness, EngineProbe, HarnessOptions } from 'ambient-db/conformance'
+import type { AdapterHarness } from 'ambient-db/conformance'
 import { sequelizeAdapter } from 'ambient-db/sequelize'
 import { BaseError, type QueryOptions, type Sequelize } from 'sequelize'
-import { until } from '../support/gate.ts'
+import { type OwnPoolProbe, withOwnPools } from './own-pools.ts'
 
 const insert = (handle: Sequelize, id: number, options: QueryOptions = {}) =>
   handle.query('insert into items (id) values ($1)', { ...options, bind: [id] })
@@ -34,7 +33,7 @@ interface Pool {
 }
 
 /** An engine with the pool of Sequelize, and what became of its connections. */
-class SequelizeProbe implements EngineProbe {
+class SequelizeProbe implements OwnPoolProbe {
   readonly host: string | undefined
   readonly living: Set<unknown> = new Set()
   closed = false
@@ -64,46 +63,13 @@ class SequelizeProbe implements EngineProbe {
   }
 }
 
-/** Defines a database; `taken` hears of each engine that is more than what models are defined with, which needs no context. */
-function define(
-  open: (host?: string) => Sequelize,
-  options: HarnessOptions<Sequelize>,
-  taken: (engine: Sequelize) => void,
-): AmbientDatabase<Sequelize, Sequelize> {
-  const adapter = sequelizeAdapter(options.host === undefined ? () => open() : (host: string) => open(host))
-  const createEngine = async (host: string | undefined) => {
-    const engine = await adapter.createEngine(host)
-    taken(engine)
-    return engine
-  }
-  return defineDatabase({ name: 'main', ...options, adapter: { ...adapter, createEngine } })
-}
-
 /** A harness for a driver, with engines over the pool of Sequelize. */
 export function withSequelizePools<Harness extends AdapterHarness<Sequelize>>(
   base: Harness,
   make: (connections: number) => Sequelize,
 ): Harness {
-  let probes: SequelizeProbe[] = []
-  return {
-    ...base,
-    engines: () => probes,
-    async reset() {
-      probes = []
-      await base.reset()
-    },
-    async kill() {
-      await base.kill?.()
-      await until(async () => probes.every(({ living }) => living.size === 0), 'the clients to notice')
-    },
-    define({ connections = 10, ...options }: HarnessOptions<Sequelize> = {}) {
-      const made = new WeakMap<Sequelize, SequelizeProbe>()
-      const open = (host?: string) => {
-        const engine = make(connections)
-        made.set(engine, new SequelizeProbe(host, engine))
-        return engine
-      }
-      return define(open, options, (engine) => probes.push(made.get(engine) as SequelizeProbe)) // open has set it
-    },
-  }
+  return withOwnPools(base, sequelizeAdapter<Sequelize>, (connections, host) => {
+    const engine = make(connections)
+    return { engine, probe: new SequelizeProbe(host, engine) }
+  })
 }
