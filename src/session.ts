@@ -242,7 +242,7 @@ export class Session<Connection>
   /** Whether a statement that is issued now, of `native`, runs in a transaction, which may still be to begin. */
   runsInTransaction(native: NativeBlock): boolean {
     const block = this.#blockFor(native)
-    if (block && !block.call) return true
+    if (block && (!block.call || this.enclosingBlock(false))) return true
     if (this.ending.apart) return this.#settings.transaction !== 'autocommit'
     return !this.transaction.autocommit || this.transaction.opened
   }
@@ -392,11 +392,16 @@ export class Session<Connection>
     }
   }
 
-  /** The innermost block around the running code, live or ended, also of a session that was closed and that this one follows. */
-  enclosingBlock(): Block<Connection> | undefined {
+  /**
+   * The innermost block around the running code, live or ended, also of a session that was closed and that this one follows.
+   *
+   * @param calls whether calls of a library count, which add no level.
+   */
+  enclosingBlock(calls = true): Block<Connection> | undefined {
     for (let scope = currentScope(); scope; scope = scope.parent) {
       const { block } = scope
       if (block?.database !== this.database || block.owner !== this.owner || !block.begun) continue
+      if (!calls && (block as Block<Connection>).call) continue // of this database, so it is one of ours
       return block.session ? (block as Block<Connection>) : Block.ended(this, block) // of this database, so it is one of ours
     }
     return undefined

@@ -37,6 +37,8 @@ class Notes implements UnitOfWork {
 interface Handle {
   keep(text: string): void
   readonly unit: Notes
+  /** Whether a call runs in a transaction. */
+  transacted(): Promise<boolean>
   /** Two statements after a while. */
   slowly(pause: Promise<unknown>, ...texts: string[]): Promise<unknown>
 }
@@ -58,6 +60,7 @@ const define = (unit: (statements: Statements<PoolClient>) => Notes = (statement
             await statements.run((client) => client.query('insert into notes values ($1)', [text]))
           }
         }),
+      transacted: () => statements.enclose(async () => statements.createBlock().inTransaction),
     }),
   }
   return defineDatabase({ name: 'main', adapter })
@@ -270,5 +273,24 @@ describe('a call that comes to its statements later', () => {
     pause.open()
     await expect(late).rejects.toMatchObject({ code: 'AMBIENT_CONTEXT_ENDED' })
     expect(await subject.notes()).toEqual([])
+  })
+
+  it('S8 runs in a transaction only where there is one', async () => {
+    await newContext(async () => {
+      expect(await main.db.transacted()).toBe(true) // it is still to begin
+    })
+    await newContext(
+      async () => {
+        expect(await main.db.transacted()).toBe(false)
+        await main.atomic(async () => {
+          expect(await main.db.transacted()).toBe(true)
+        })
+        expect(await main.db.transacted()).toBe(false)
+        await main.begin()
+        expect(await main.db.transacted()).toBe(true)
+        await main.commit()
+      },
+      { transaction: 'autocommit' },
+    )
   })
 })
