@@ -1,20 +1,31 @@
-import type { Adapter, TransactionSettings } from './adapter.ts'
+import type { Adapter, Capabilities, TransactionSettings } from './adapter.ts'
 import { AmbientError } from './errors.ts'
+import { sqliteErrorTraits } from './traits.ts'
 
-/** What an adapter of SQLite does by text. */
-type Control<Connection> = Required<
-  Pick<
-    Adapter<unknown, unknown, Connection>,
-    'begin' | 'commit' | 'rollback' | 'savepoint' | 'rollbackTo' | 'releaseSavepoint' | 'probeTransaction'
-  >
+/** What an adapter of SQLite does by text, and what it knows. */
+type Control<Connection> = Omit<
+  Adapter<unknown, unknown, Connection>,
+  'createEngine' | 'closeEngine' | 'createHandle' | 'acquire' | 'release'
 >
 
-/** Transactions of SQLite, through whatever runs a text on a connection. */
+/** Transactions of SQLite, through whatever runs a text on a connection and resolves with its rows, if it has any. */
 export function sqliteControl<Connection extends object>(
-  ask: (connection: Connection, sql: string) => Promise<unknown>,
+  ask: (connection: Connection, sql: string) => Promise<readonly unknown[]>,
+  { streaming }: Pick<Capabilities, 'streaming'>,
 ): Control<Connection> {
   const setReadOnly = readOnlySwitch(ask)
   return {
+    capabilities: () => ({
+      savepoints: true,
+      streaming,
+      cancelling: false,
+      failedStatementAborts: false,
+      transactionStatus: false,
+      pipelining: false,
+      lossDetection: false,
+      commitLookup: false,
+      singleConnection: true,
+    }),
     async begin(connection, settings) {
       assertKnown(settings)
       await ask(connection, settings.readOnly ? 'begin' : 'begin immediate')
@@ -35,6 +46,8 @@ export function sqliteControl<Connection extends object>(
     rollbackTo: (connection, name) => ask(connection, `rollback to ${name}`),
     releaseSavepoint: (connection, name) => ask(connection, `release ${name}`),
     probeTransaction: (connection) => probeByBegin((sql) => ask(connection, sql)),
+    checkDeferred: (connection) => checkForeignKeys((sql) => ask(connection, sql)),
+    traits: sqliteErrorTraits,
   }
 }
 

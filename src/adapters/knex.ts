@@ -5,8 +5,7 @@ import { detach, isThenable } from '../context.ts'
 import { byDriver, type ChosenDriver } from '../driver-choice.ts'
 import { AmbientError, isAmbientError } from '../errors.ts'
 import { controlRefused, parseTransactionControl } from '../sql.ts'
-import { checkForeignKeys, sqliteControl } from '../sqlite-control.ts'
-import { sqliteErrorTraits } from '../traits.ts'
+import { sqliteControl } from '../sqlite-control.ts'
 
 /**
  * The adapter for Knex, with its clients `pg`, `mysql2` and `better-sqlite3`. The handle is a Knex of which every query finds the
@@ -166,30 +165,17 @@ function sqliteDriver(client: KnexClient): Adapter<unknown, unknown, object> {
   const never = () => {
     throw new Error('Knex makes the engine and the handle.')
   }
+  const ask = async (connection: object, sql: string) => {
+    const { response } = (await client._query(connection, { sql, bindings: [] })) as { response: unknown[] }
+    return response
+  }
   return {
-    ...sqliteControl((connection, sql) => client._query(connection, { sql, bindings: [] })),
-    capabilities: () => ({
-      savepoints: true,
-      streaming: false,
-      cancelling: false,
-      failedStatementAborts: false,
-      transactionStatus: false,
-      pipelining: false,
-      lossDetection: false,
-      commitLookup: false,
-      singleConnection: true,
-    }),
+    ...sqliteControl(ask, { streaming: false }),
     createEngine: never,
     closeEngine: never,
     createHandle: never,
-    checkDeferred: (connection) =>
-      checkForeignKeys(async (sql) => {
-        const { response } = (await client._query(connection, { sql, bindings: [] })) as { response: unknown[] }
-        return response
-      }),
     acquire: () => client.acquireConnection(),
     release: (_, connection) => client.releaseConnection(connection),
-    traits: sqliteErrorTraits,
   }
 }
 

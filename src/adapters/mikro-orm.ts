@@ -17,11 +17,11 @@ import {
   type UnitOfWork,
 } from '../adapter.ts'
 import { detach, isThenable } from '../context.ts'
+import { byDriver, type ChosenDriver } from '../driver-choice.ts'
 import { AmbientError } from '../errors.ts'
 import { iterate } from '../iterate.ts'
 import { controlRefused, parseTransactionControl } from '../sql.ts'
-import { checkForeignKeys, sqliteControl } from '../sqlite-control.ts'
-import { notFromServer, sqliteErrorTraits } from '../traits.ts'
+import { sqliteControl } from '../sqlite-control.ts'
 
 /** What is used of a `MikroORM`. */
 interface Orm {
@@ -57,10 +57,7 @@ export function mikroOrmAdapter<Engine extends Orm>(
 ): Adapter<Engine['em'], Engine, object> {
   const byHost = new Map<string | undefined, Made<Engine>>()
   const servers = new WeakMap<object, Server>()
-  const serverOf = (connection: object) => servers.get(connection) as Server // acquire has set it
-  const of = (connection: object) => serverOf(connection).driver as Driver // likewise
-  const wrap = (connection: object) => serverOf(connection).wrap(connection)
-  let latest: Server | undefined
+  const wrap = (connection: object) => (servers.get(connection) as Server).wrap(connection) // acquire has set it
   const madeFor = (host: string | undefined): Made<Engine> => {
     const known = byHost.get(host)
     if (known) return known
@@ -79,9 +76,10 @@ export function mikroOrmAdapter<Engine extends Orm>(
     return made
   }
   const engines = new WeakMap<Engine, Server>()
-  const engineServer = (engine: Engine) => engines.get(engine) as Server // createEngine has set it
+  const serverOf = (engine: Engine) => engines.get(engine) as Server // createEngine has set it
+  const driver = byDriver((engine: Engine) => serverOf(engine).chosen as ChosenDriver) // `open` has set it
   return {
-    capabilities: (engine) => (engineServer(engine).driver as Driver).capabilities(engineServer(engine).pool),
+    ...driver,
     async createEngine(host) {
       // One that is an engine already is about to be closed (a host that was left), or of another database.
       if (madeFor(host).taken) byHost.delete(host)
@@ -91,36 +89,25 @@ export function mikroOrmAdapter<Engine extends Orm>(
       const server = made.server as Server // `making` has set it
       await server.open()
       engines.set(engine, server)
-      latest = server
       return engine
     },
     async closeEngine(engine) {
       for (const [host, { server }] of byHost) if (server === engines.get(engine)) byHost.delete(host)
       await engine.close()
-      await engineServer(engine).close()
+      await serverOf(engine).close()
     },
     async acquire(engine, onLost) {
-      const server = engineServer(engine)
-      const connection = await server.acquire(onLost)
+      const connection = await driver.acquire(engine, onLost)
+      const server = serverOf(engine)
       servers.set(connection, server)
+      try {
+        await server.prepare(connection)
+      } catch (error) {
+        await driver.release(engine, connection, error as Error)
+        throw error
+      }
       return connection
     },
-    release: (engine, connection, broken) => of(connection).release(engineServer(engine).pool, connection, broken),
-    begin: (connection, settings) => of(connection).begin(connection, settings),
-    commit: (connection) => of(connection).commit(connection),
-    rollback: (connection) => of(connection).rollback(connection),
-    savepoint: (connection, name) => of(connection).savepoint(connection, name),
-    rollbackTo: (connection, name) => of(connection).rollbackTo(connection, name),
-    releaseSavepoint: (connection, name) => of(connection).releaseSavepoint(connection, name),
-    checkDeferred: async (connection) => of(connection).checkDeferred?.(connection),
-    transactionStatus: (connection) => of(connection).transactionStatus?.(connection),
-    afterError: async (connection) => of(connection).afterError?.(connection),
-    probeTransaction: async (connection, error) => of(connection).probeTransaction?.(connection, error) ?? 'open',
-    identifyTransaction: async (connection) => of(connection).identifyTransaction?.(connection),
-    lookUpTransaction: async (engine, id, signal) =>
-      (engineServer(engine).driver as Driver).lookUpTransaction?.(engineServer(engine).pool, id, signal) ?? 'unknown',
-    cancel: async (engine, connection) => of(connection).cancel?.(engineServer(engine).pool, connection),
-    traits: (error) => (latest?.driver?.traits ?? notFromServer)(error),
     createHandle: (statements) => createHandle(statements, wrap, () => madeFor(statements.host())) as Engine['em'], // of its methods each is one of the engine's own
   }
 }
@@ -134,7 +121,7 @@ interface Made<Engine> {
   making: Promise<Engine>
 }
 
-type Driver = Adapter<unknown, unknown, object>
+type Driver = ChosenDriver['driver']
 
 /** What is used of the Kysely that MikroORM runs on: a copy of its own. */
 interface Kysely {
@@ -180,9 +167,8 @@ class Server {
   readonly #wrapped = new WeakMap<object, QueryConnection>()
   /** Errors that are what they are to be: refusals of the session, what a hook has thrown. */
   readonly settled = new WeakSet<object>()
-  driver: Driver | undefined
-  /** What the driver takes for its pool. */
-  pool: unknown
+  /** Its driver and pool, once it is open. */
+  chosen: ChosenDriver | undefined
   #wrap: (connection: object) => Promise<QueryConnection> = async (connection) => connection as QueryConnection
 
   constructor({ em }: Orm) {
@@ -211,8 +197,7 @@ class Server {
 
   async #servePostgres(pool: object): Promise<void> {
     const { pgAdapter } = await import('./pg.ts')
-    this.pool = pool
-    this.driver = pgAdapter(neverMade) as Driver // it takes of a pool what this one has
+    this.chosen = { driver: pgAdapter(neverMade) as Driver, pool } // it takes of a pool what this one has
     // One more dialect of the same settings, whose pool never connects: it is lent the clients of sessions.
     const Connection = this.#connection.constructor as new (config: unknown) => SqlConnection
     const spare = new Connection(this.em.config)
@@ -227,30 +212,21 @@ class Server {
   }
 
   #serveSqlite(): void {
-    this.pool = this.client
-    this.driver = sqliteDriver(this.client)
+    this.chosen = { driver: sqliteDriver(this.client), pool: this.client }
   }
 
   /** Ends what MikroORM takes for never used, because its own Kysely was not. */
   async close(): Promise<void> {
-    const pool = this.pool as { ending?: boolean; end?(): Promise<void> } // that of pg, or a Kysely
+    const pool = this.chosen?.pool as { ending?: boolean; end?(): Promise<void> } // that of pg, or a Kysely
     if (pool.ending === false) await pool.end?.()
   }
 
-  async acquire(onLost: (error: Error) => void): Promise<object> {
-    const driver = this.driver as Driver // `open` has set it
-    const connection = await driver.acquire(this.pool, onLost)
-    try {
-      this.#wrapped.set(connection, await this.#wrap(connection))
-    } catch (error) {
-      await driver.release(this.pool, connection, error as Error)
-      throw error
-    }
-    return connection
+  async prepare(connection: object): Promise<void> {
+    this.#wrapped.set(connection, await this.#wrap(connection))
   }
 
   wrap(connection: object): QueryConnection {
-    return this.#wrapped.get(connection) as QueryConnection // acquire has set it
+    return this.#wrapped.get(connection) as QueryConnection // prepare has set it
   }
 }
 
@@ -260,25 +236,14 @@ function neverMade(): never {
 
 /** SQLite, by text through the Kysely of MikroORM, whose only connection is taken out of it. */
 function sqliteDriver(client: Kysely): Driver {
-  const ask = (connection: object, sql: string) => (connection as QueryConnection).executeQuery(rawQuery(sql))
+  const ask = async (connection: object, sql: string) =>
+    (await (connection as QueryConnection).executeQuery(rawQuery(sql))).rows
   const releases = new WeakMap<object, () => void>()
   return {
-    ...sqliteControl(ask),
-    capabilities: () => ({
-      savepoints: true,
-      streaming: true,
-      cancelling: false,
-      failedStatementAborts: false,
-      transactionStatus: false,
-      pipelining: false,
-      lossDetection: false,
-      commitLookup: false,
-      singleConnection: true,
-    }),
+    ...sqliteControl(ask, { streaming: true }),
     createEngine: neverMade,
     closeEngine: neverMade,
     createHandle: neverMade,
-    checkDeferred: (connection) => checkForeignKeys(async (sql) => (await ask(connection, sql)).rows),
     acquire: () =>
       new Promise<object>((resolve, reject) => {
         client
@@ -293,7 +258,6 @@ function sqliteDriver(client: Kysely): Driver {
           .catch(reject)
       }),
     release: (_, connection) => releases.get(connection)?.(),
-    traits: sqliteErrorTraits,
   }
 }
 
