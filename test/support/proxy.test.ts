@@ -123,6 +123,14 @@ describe('fails', () => {
     expect(proxy.open).toBe(2)
   })
 
+  it('stalls at a message, and passes on what came behind it, however short', async () => {
+    const client = await connected()
+    const trap = proxy.at(/^< N/, { stall: 400 })
+    await client.query("do $$ begin raise notice '%', repeat('x', 200); perform pg_sleep(0.2); end $$") // a notice is sent at once
+    expect(trap.count).toBe(1)
+    expect((await client.query('select 1 as one')).rows).toEqual([{ one: 1 }])
+  })
+
   it('stalls for a while, in both directions, and loses nothing of what was sent meanwhile', async () => {
     const client = await connected()
     proxy.at('< C INSERT', { stall: 300 })

@@ -251,8 +251,9 @@ class Link {
       }
       while (!held && !this.#stalled && !this.#paused) {
         const length = this.#reader.lengthOf(direction, unread)
-        needed = length ?? 0
-        if (length === undefined || unread.length < length) break
+        const whole = length !== undefined && unread.length >= length
+        needed = whole ? 0 : (length ?? 0)
+        if (!whole) break
         const bytes = unread.subarray(0, length)
         unread = unread.subarray(length)
         const message = { label: this.#reader.read(direction, bytes), connection: this.#number, bytes }
