@@ -53,9 +53,10 @@ async function runAll(lab: Lab, conditions: Conditions): Promise<Report> {
   if (only !== 'none') {
     // The faults are put in at the driver, so they are run where the engine is its pool.
     const pools = libraries.filter(({ limits }) => !limits.uncaught)
-    planted.push(
-      ...(await Promise.all(pools.flatMap((library) => mutants.map((each) => runMutant(lab, library, each))))),
-    )
+    // One after the other: the faults that flood the server would hide the others.
+    for (const mutant of mutants) {
+      planted.push(...(await Promise.all(pools.map((library) => runMutant(lab, library, mutant)))))
+    }
   }
   for (const library of libraries.filter(({ name }) => only !== 'only' && name === (wanted ?? name))) {
     rows.push(await runLibrary(lab, library, conditions, failures))

@@ -1,3 +1,4 @@
+import { setTimeout } from 'node:timers/promises'
 import type { PoolClient } from 'pg'
 import type { Mutate } from '../cuts/mutants.ts'
 import type { Case } from './lab.ts'
@@ -33,17 +34,28 @@ export const mutants: readonly Mutant[] = [
     name: 'lets a cancel request outlive the release of its connection',
     fault: {
       mutate: (adapter) => {
-        const cancelling = new Map<unknown, NodeJS.Timeout | undefined>()
+        /** Connections that were cancelled, and what goes on cancelling them: one request at a time, or their crowd slows itself down. */
+        const cancelled = new Map<unknown, { goesOn: boolean } | undefined>()
         return {
           ...adapter,
           async cancel(engine, connection) {
             await adapter.cancel?.(engine, connection)
-            cancelling.set(connection, undefined)
+            cancelled.set(connection, undefined)
           },
           release(engine, connection, broken) {
-            clearInterval(cancelling.get(connection)) // that of the next borrower
-            if (cancelling.has(connection) && cancelling.get(connection) === undefined) {
-              cancelling.set(connection, setInterval(() => void adapter.cancel?.(engine, connection), 10).unref())
+            const before = cancelled.get(connection)
+            if (before) {
+              before.goesOn = false // that of the next borrower
+            } else if (cancelled.has(connection)) {
+              const request = { goesOn: true }
+              cancelled.set(connection, request)
+              const again = async () => {
+                while (request.goesOn) {
+                  await adapter.cancel?.(engine, connection)
+                  await setTimeout(5, undefined, { ref: false })
+                }
+              }
+              again().catch(() => {}) // the engine was closed
             }
             return adapter.release(engine, connection, broken)
           },
@@ -53,7 +65,7 @@ export const mutants: readonly Mutant[] = [
     unit: 'a lock',
     way: 'signal',
     at: /^> select pg_advisory/,
-    times: 8,
+    times: 16,
     shows: 'late cancel',
   },
   {
