@@ -53,7 +53,7 @@ async function runAll(lab: Lab, conditions: Conditions): Promise<Report> {
   if (only !== 'none') {
     // The faults are put in at the driver, so they are run where the engine is its pool.
     const pools = libraries.filter(({ limits }) => !limits.uncaught)
-    // One after the other: the faults that flood the server would hide the others.
+    // One after the other: at once they would keep each other from being seen.
     for (const mutant of mutants) {
       planted.push(...(await Promise.all(pools.map((library) => runMutant(lab, library, mutant)))))
     }
@@ -74,7 +74,7 @@ async function runLibrary(
   const startedAt = performance.now()
   const turn = libraries.indexOf(library)
   const every = Number(option('every') ?? (size === 'short' ? 61 : 1))
-  const atOnce = Number(option('concurrency') ?? 16)
+  const atOnce = Number(option('concurrency') ?? 8)
   const undisturbed = abortUnits.flatMap((unit) =>
     ways
       .filter((way) => unit.aborts.includes(kindOf(way)) && !(unit.noRequest && !/signal|timeout/.test(way)))
@@ -137,7 +137,7 @@ async function runMutant(lab: Lab, library: Library, mutant: Mutant): Promise<Pl
   const cases = points
     .filter(({ label, awaits }) => awaits === 0 && at.test(label))
     .flatMap((point) => Array<Case>(times).fill({ ...subject, point }))
-  const results = await runCases(lab.run, cases, { atOnce: 4, mayBeLoad: () => false })
+  const results = await runCases(lab.run, cases, { atOnce: 1, mayBeLoad: () => false })
   const caught = results.filter(({ findings }) => findings.some(({ kind }) => kind === shows)).length
   return { fault: name, subject: library.name, runs: cases.length, caught, seenAs: shows }
 }

@@ -34,30 +34,33 @@ export const mutants: readonly Mutant[] = [
     name: 'lets a cancel request outlive the release of its connection',
     fault: {
       mutate: (adapter) => {
-        /** Connections that were cancelled, and what goes on cancelling them: one request at a time, or their crowd slows itself down. */
-        const cancelled = new Map<unknown, { goesOn: boolean } | undefined>()
+        /** Connections that were cancelled, and whether they are cancelled on and on. */
+        const cancelled = new Map<unknown, boolean>()
+        let closed = false
         return {
           ...adapter,
           async cancel(engine, connection) {
+            await setTimeout(20) // so that it does not overtake the statement, which would leave nothing to release
             await adapter.cancel?.(engine, connection)
-            cancelled.set(connection, undefined)
+            if (!cancelled.has(connection)) cancelled.set(connection, false)
           },
           release(engine, connection, broken) {
-            const before = cancelled.get(connection)
-            if (before) {
-              before.goesOn = false // that of the next borrower
-            } else if (cancelled.has(connection)) {
-              const request = { goesOn: true }
-              cancelled.set(connection, request)
-              const again = async () => {
-                while (request.goesOn) {
-                  await adapter.cancel?.(engine, connection)
-                  await setTimeout(5, undefined, { ref: false })
-                }
+            const again = async () => {
+              // One request at a time: a crowd of them would slow itself down.
+              while (!closed) {
+                await adapter.cancel?.(engine, connection)
+                await setTimeout(5, undefined, { ref: false })
               }
-              again().catch(() => {}) // the engine was closed
+            }
+            if (cancelled.get(connection) === false) {
+              cancelled.set(connection, true)
+              again().catch(() => {}) // the server is gone
             }
             return adapter.release(engine, connection, broken)
+          },
+          closeEngine(engine) {
+            closed = true
+            return adapter.closeEngine(engine)
           },
         }
       },
@@ -65,7 +68,7 @@ export const mutants: readonly Mutant[] = [
     unit: 'a lock',
     way: 'signal',
     at: /^> select pg_advisory/,
-    times: 16,
+    times: 4,
     shows: 'late cancel',
   },
   {

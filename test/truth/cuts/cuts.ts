@@ -86,8 +86,11 @@ async function runAll(lab: Lab, group: Group, conditions: Conditions): Promise<R
   const rows: Row[] = []
   const failures: Failure[] = []
   const only = conditions.option('mutants')
-  const planted =
-    only === 'none' ? [] : await Promise.all([control, ...mutants].map((mutant) => runMutant(lab, group, mutant)))
+  const planted: Planted[] = []
+  if (only !== 'none') {
+    // One after the other: at once they would keep each other from being seen.
+    for (const mutant of [control, ...mutants]) planted.push(...(await runMutant(lab, group, mutant)))
+  }
   const library = conditions.option('library')
   if (only !== 'only') {
     for (const each of group.libraries.filter(({ name }) => name === (library ?? name))) {
@@ -95,7 +98,7 @@ async function runAll(lab: Lab, group: Group, conditions: Conditions): Promise<R
       console.log(`${each.name}: ${rows.at(-1)?.runs} cases in ${rows.at(-1)?.seconds} s`)
     }
   }
-  return { rows, planted: planted.flat(), failures }
+  return { rows, planted, failures }
 }
 
 async function runLibrary(
@@ -117,7 +120,7 @@ async function runLibrary(
     const cuts = all[index] ?? []
     return cuts.filter((_, each) => each % every === index % every).map((cut) => ({ library, unit, cut }))
   })
-  const atOnce = Number(option('concurrency') ?? 32)
+  const atOnce = Number(option('concurrency') ?? 12)
   const results = [...uncut, ...(await runCases(lab.run, cases, { atOnce, deadline: startedAt + time, mayBeLoad }))]
   const failed = results.filter(({ violations }) => violations.length > 0)
   failures.push(...failed.map(failureOf))
